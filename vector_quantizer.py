@@ -1,0 +1,174 @@
+"""The heart of a VQ-VAE: the nearest code to every latent, and the gradient past the argmin.
+
+Letters at line ends: B images, h×w latents of one image, N latents in all, D latent size, K codes.
+The paper is van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv:1711.00937.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+BLOCK_SCORES = 2**20        # latent-code scores held in memory at once: 4 MiB of float32
+REGISTER = 16               # float32 numbers in the widest register of a CPU
+KMEANS_ITERATIONS = 10
+
+
+class Quantized(NamedTuple):
+    """What the quantizer returns for z_e (B, D, h, w); both losses are unweighted scalars."""
+
+    z_q: torch.Tensor               # (B, D, h, w), rows of the codebook; its gradient goes to z_e
+    indices: torch.Tensor           # (B, h, w) int64, in [0, K)
+    codebook_loss: torch.Tensor     # eq. 3, second term, as a mean over elements
+    commitment_loss: torch.Tensor   # eq. 3, third term without β, as a mean over elements
+
+
+@torch.no_grad()
+def vq(inputs, codebook):
+    """Index of the nearest code to each vector, by Euclidean distance (eq. 1).
+
+    inputs (..., D) and codebook (K, D), floating point → int64 (...), in [0, K); the lowest index
+    wins a tie. Not differentiable. Computed in float32, autocast or not, with memory for a block
+    of rows only: inputs (1000000, 40) against K = 8192 never hold a million × 8192 distances.
+
+    Raises ValueError if the last sizes differ or the codebook is not a (K, D) matrix with K > 0.
+    """
+    if codebook.dim() != 2 or len(codebook) == 0 or inputs.shape[-1:] != codebook.shape[1:]:
+        raise ValueError(f"inputs {tuple(inputs.shape)} and codebook {tuple(codebook.shape)} "
+                         "do not fit: expected (..., D) and (K, D) with K > 0")
+    with torch.autocast(inputs.device.type, enabled=False):
+        codes = codebook.float()
+        offset = _shared_offset(codes)
+        codes = codes - offset                                        # (K, D)
+        squares = codes.square().sum(dim=1)                           # (K,)
+        # Up to whole registers with codes that are infinitely far: a product's last columns may
+        # round in another way than the others, and then equal codes would not tie.
+        padding = -len(codes) % REGISTER
+        codes = F.pad(codes, (0, 0, 0, padding))
+        squares = F.pad(squares, (0, padding), value=torch.inf)
+        flat = inputs.reshape(-1, inputs.shape[-1])                   # (N, D)
+        nearest = []
+        for rows in flat.split(max(1, BLOCK_SCORES // len(codes))):
+            # ‖z − e‖² without ‖z‖², which is the same for every code. min(), not argmin(): it
+            # promises the first index as well and is more than twice as fast on a CPU.
+            scores = torch.addmm(squares, rows.float() - offset, codes.T, alpha=-2)   # (rows, K)
+            nearest.append(scores.min(dim=1).indices)
+    return torch.cat(nearest).view(inputs.shape[:-1])
+
+
+def _shared_offset(codes):
+    """A vector (D,) near the middle of the codes (K, D), to subtract before distances are taken.
+
+    Distances do not change, but ‖e‖² − 2 z·e cancels badly in float32 when all vectors share a
+    large offset. The offset is a multiple of a power of two no smaller than the codes' spread:
+    zero for a codebook around the origin, and subtracting it does not round away an exact tie.
+    """
+    low, high = codes.amin(dim=0), codes.amax(dim=0)
+    step = torch.exp2(torch.frexp((high - low).max()).exponent.float())
+    return torch.round((low + high) / (2 * step)) * step
+
+
+def vq_st(inputs, codebook):
+    """Replace each vector by its nearest code, with the straight-through gradient (section 3.2).
+
+    inputs (..., D) and codebook (K, D) → codes like inputs, exactly rows of the codebook, and
+    their flat indices (N,). Backward: the gradient of codes is copied unchanged to inputs, and
+    added up in the rows of the codebook that were used.
+    """
+    indices = vq(inputs, codebook)
+    codes = F.embedding(indices, codebook)                            # (..., D)
+    return codes + (inputs - inputs.detach()), indices.flatten()      # adds zero; carries gradient
+
+
+@torch.no_grad()
+def kmeans(latents, num_codes, iterations=KMEANS_ITERATIONS):
+    """Lloyd's algorithm from random latents: (N, D) → centres (K, D). Draws from torch's generator.
+
+    A centre that attracts no latent stays where it is. With N < K some centres coincide.
+    """
+    repeats = -(-num_codes // len(latents))
+    order = torch.randperm(len(latents), device=latents.device).repeat(repeats)[:num_codes]
+    centres = latents[order].float()                                  # (K, D)
+    for _ in range(iterations):
+        assigned = vq(latents, centres)                               # (N,)
+        sizes = torch.bincount(assigned, minlength=num_codes).unsqueeze(1)                # (K, 1)
+        sums = torch.zeros_like(centres).index_add_(0, assigned, latents.float())         # (K, D)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return centres
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of K codes of size D, learned by the codebook loss (eq. 3) and kept alive.
+
+    codebook_init: `kmeans` places the codes on the latents of the first training batch, `uniform`
+    draws them from ±1/K. restart_after: a code that no latent chose for that many training steps
+    moves onto a random latent of the current batch; 0 means never. What the quantizer remembers
+    stands in buffers, so that a state_dict carries it. In evaluation mode nothing changes.
+    """
+
+    def __init__(self, num_codes, dim, codebook_init="kmeans", restart_after=100):
+        super().__init__()
+        if codebook_init not in ("kmeans", "uniform"):
+            raise ValueError(f"codebook_init is kmeans or uniform, not {codebook_init!r}")
+        self.num_codes, self.dim, self.restart_after = num_codes, dim, restart_after
+        self.codebook = nn.Parameter(torch.empty(num_codes, dim).uniform_(-1 / num_codes, 1 / num_codes))
+        self.register_buffer("initialised", torch.tensor(codebook_init == "uniform"))
+        self.register_buffer("steps_unused", torch.zeros(num_codes, dtype=torch.int64))
+        # Asking the buffer at every step would wait for the GPU each time.
+        self._known_initialised = False
+
+    def forward(self, z_e):
+        """z_e (B, D, h, w) → Quantized. Worked shapes: (16, 40, 7, 7) → 784 vectors of size 40.
+
+        Raises ValueError if z_e is not (B, D, h, w).
+        """
+        if z_e.dim() != 4 or z_e.shape[1] != self.dim:
+            raise ValueError(f"z_e {tuple(z_e.shape)} is not (B, {self.dim}, h, w)")
+        B, D, h, w = z_e.shape
+        flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                 # (N, D), N = B·h·w
+        if self.training and not self._known_initialised:
+            self._initialise(flat)
+
+        # The decoder's gradient goes to the encoder alone; the codebook learns by its own loss.
+        codes, indices = vq_st(flat, self.codebook.detach())          # (N, D), (N,)
+        chosen = F.embedding(indices, self.codebook)                  # (N, D)
+        codebook_loss = F.mse_loss(chosen, flat.detach())             # eq. 3, second term
+        commitment_loss = F.mse_loss(flat, chosen.detach())           # eq. 3, third term / β
+        if self.training and self.restart_after:
+            self._restart_unused(flat, indices)
+
+        z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)              # (B, D, h, w)
+        return Quantized(z_q, indices.view(B, h, w), codebook_loss, commitment_loss)
+
+    def lookup(self, indices):
+        """The codes (B, D, h, w) of a map of indices (B, h, w).
+
+        Raises ValueError if indices are not whole numbers in [0, K) or not (B, h, w).
+        """
+        if indices.dim() != 3 or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"indices are int64 (B, h, w), not {indices.dtype} {tuple(indices.shape)}")
+        if indices.numel() and not 0 <= indices.min() <= indices.max() < self.num_codes:
+            raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {self.num_codes})")
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def _initialise(self, flat):
+        if not self.initialised:
+            self.codebook.copy_(kmeans(flat, self.num_codes))
+            self.initialised.fill_(True)
+        self._known_initialised = True
+
+    @torch.no_grad()
+    def _restart_unused(self, flat, indices):
+        self.steps_unused += 1
+        self.steps_unused[indices] = 0
+        unused = self.steps_unused >= self.restart_after              # (K,)
+        # One candidate per code, needed or not: asking how many are would wait for the GPU.
+        candidates = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
+        self.codebook.copy_(torch.where(unused.unsqueeze(1), candidates, self.codebook))
+        self.steps_unused.masked_fill_(unused, 0)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_initialised = False
