@@ -1,0 +1,143 @@
+"""The encoder, the decoder and the whole VQ-VAE around the quantizer.
+
+Letters: B images, C channels, H×W pixels, h×w = H/4 × W/4 latents, D latent size, K codes.
+The layers and the names of their parameters are those of the published network.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vector_quantizer import VectorQuantizer, vq
+
+
+class VQVAEOutput(NamedTuple):
+    """What the model returns for images (B, C, H, W)."""
+
+    reconstruction: torch.Tensor    # (B, C, H, W) in [-1, 1]
+    z_e: torch.Tensor               # (B, D, h, w), the encoder's latents
+    z_q: torch.Tensor               # (B, D, h, w), the codes that replace them
+    indices: torch.Tensor           # (B, h, w) int64, in [0, K)
+    codebook_loss: torch.Tensor     # scalar
+    commitment_loss: torch.Tensor   # scalar, unweighted by β
+
+
+class Losses(NamedTuple):
+    """The three losses of eq. 3, each a mean over elements, and their sum with β."""
+
+    reconstruction: torch.Tensor    # MSE: −log p(x|z_q) of a Gaussian with fixed variance, but for constants
+    codebook: torch.Tensor          # ‖sg[z_e] − e‖²: moves the codebook alone
+    commitment: torch.Tensor        # ‖z_e − sg[e]‖², without β: moves the encoder alone
+    total: torch.Tensor             # reconstruction + codebook + β·commitment
+
+
+def vqvae_losses(x, output, beta):
+    """Eq. 3 for images x (B, C, H, W) in [-1, 1] and the VQVAEOutput for them → Losses of scalars."""
+    reconstruction = F.mse_loss(output.reconstruction, x)
+    total = reconstruction + output.codebook_loss + beta * output.commitment_loss
+    return Losses(reconstruction, output.codebook_loss, output.commitment_loss, total)
+
+
+class ResidualBlock(nn.Module):
+    """(B, D, h, w) → (B, D, h, w). The skip carries the rectified input, as published."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Identity(),      # the published ReLU; it keeps the numbers in the parameters' names
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, kernel_size=1),
+            nn.BatchNorm2d(dim),
+        )
+
+    def forward(self, x):
+        # The published block starts with an in-place ReLU, which rectifies its skip as well.
+        rectified = F.relu(x)
+        return rectified + self.block(rectified)
+
+
+class Encoder(nn.Sequential):
+    """Images (B, C, H, W) → z_e (B, D, H/4, W/4)."""
+
+    def __init__(self, channels, dim):
+        super().__init__(
+            nn.Conv2d(channels, dim, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, kernel_size=4, stride=2, padding=1),
+            ResidualBlock(dim),
+            ResidualBlock(dim),
+        )
+
+
+class Decoder(nn.Sequential):
+    """z_q (B, D, h, w) → images (B, C, 4h, 4w) in [-1, 1]."""
+
+    def __init__(self, channels, dim):
+        super().__init__(
+            ResidualBlock(dim),
+            ResidualBlock(dim),
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim, dim, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.ConvTranspose2d(dim, channels, kernel_size=4, stride=2, padding=1),
+            nn.Tanh(),
+        )
+
+
+def init_convolution(module):
+    """Xavier-uniform weights and zero biases for convolutions; other modules are left alone."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class VectorQuantizedVAE(nn.Module):
+    """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
+
+    channels is 1 or 3; hidden_size is D; num_codes is K; codebook_init and restart_after are the
+    quantizer's. Raises ValueError for another number of channels.
+    """
+
+    def __init__(self, channels=1, hidden_size=40, num_codes=512, codebook_init="kmeans", restart_after=100):
+        super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, not {channels}")
+        self.channels = channels
+        self.encoder = Encoder(channels, hidden_size)
+        self.quantizer = VectorQuantizer(num_codes, hidden_size, codebook_init, restart_after)
+        self.decoder = Decoder(channels, hidden_size)
+        self.apply(init_convolution)
+
+    def forward(self, x):
+        """Images x (B, C, H, W) in [-1, 1] → VQVAEOutput. Raises ValueError as encode() does."""
+        z_e = self._latents(x)                                        # (B, D, h, w)
+        quantized = self.quantizer(z_e)
+        return VQVAEOutput(self.decoder(quantized.z_q), z_e, *quantized)
+
+    def encode(self, x):
+        """Code indices (B, H/4, W/4) of images (B, C, H, W) in [-1, 1].
+
+        Raises ValueError if x is not (B, C, H, W) with H and W multiples of 4.
+        """
+        return vq(self._latents(x).permute(0, 2, 3, 1), self.quantizer.codebook)
+
+    def decode(self, indices):
+        """Images (B, C, 4h, 4w) in [-1, 1] from code indices (B, h, w).
+
+        Raises ValueError if an index is outside [0, K).
+        """
+        return self.decoder(self.quantizer.lookup(indices))
+
+    def _latents(self, x):
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"images {tuple(x.shape)} are not (B, {self.channels}, H, W)")
+        H, W = x.shape[2:]
+        if H == 0 or W == 0 or H % 4 or W % 4:
+            raise ValueError(f"images of {H}×{W} pixels do not fit: height and width are multiples of 4")
+        return self.encoder(x)
