@@ -1,0 +1,110 @@
+"""What the scripts share: types of arguments, and bad input told in one line with exit status 2."""
+
+import argparse
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose every complaint is one line on stderr, with exit status 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def bad_input_in_one_line(self):
+        """The one place where what the modules raise about bad input becomes a message."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.error(describe(error))
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.prog}: interrupted\n")
+
+
+def describe(error):
+    """An error's message, without Python's numbers and quotes where the system raised it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+@contextmanager
+def named(flag, value):
+    """Put the flag and its value before the message of an error raised inside."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {value}: {describe(error)}") from error
+
+
+# ---------------------------------------------------------------- types for add_argument
+
+def whole_number(minimum):
+    """A type for whole numbers from minimum on."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
+        return value
+    return convert
+
+
+def number(above=None, minimum=None):
+    """A type for finite numbers, above one bound or from one bound on."""
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (above is not None and value <= above) \
+                or (minimum is not None and value < minimum):
+            bound = f"above {above}" if above is not None else f"from {minimum} on"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+    return convert
+
+
+def one_of(*names):
+    """A type for one of some names, in capitals or not."""
+    def convert(text):
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
+    return convert
+
+
+def name_inside(folder):
+    """A type for a name, or a relative path, that stays inside a folder."""
+    def convert(text):
+        path = Path(text)
+        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
+            raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
+                                             "give one without a leading / and without ..")
+        return text
+    return convert
+
+
+def device(text):
+    """A type for devices that this machine has: cpu, cuda, cuda:1, …"""
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from cpu, cuda, cuda:0, cuda:1, …")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
+            "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine has cuda:0 "
+                                         f"to cuda:{torch.cuda.device_count() - 1}")
+    return text
