@@ -1,0 +1,24 @@
+import pytest
+from helpers import run_script, write_mnist
+
+# Large batches: few steps, since the tests want a finished run rather than a good one.
+TRAINING = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "256", "--lr", "2e-3",
+            "--restart-after", "20", "--output-folder", "run")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which VQ-VAE.py has trained on the bundled digits as models/run. Not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_script("VQ-VAE.py", *TRAINING, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(tmp_path_factory):
+    """A --data-folder with 600 + 200 digits in MNIST's own files. Not to be changed."""
+    folder = tmp_path_factory.mktemp("mnist")
+    write_mnist(folder / "MNIST" / "raw")
+    return folder

@@ -1,0 +1,61 @@
+"""What the tests share: the scripts run as a user runs them, small real data, a look at a folder."""
+
+import gzip
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_script(name, *arguments, cwd):
+    """Run a script of the repository in a process of its own, in the folder cwd."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def import_script(name):
+    """A script as a module, for its parser and for main(argv) without a new process."""
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py").replace("-", "_"), ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def snapshot(folder):
+    """Every path below a folder, with the hash of each file."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+            for path in sorted(Path(folder).rglob("*"))}
+
+
+def events(folder):
+    """The TensorBoard events of a run, everything kept."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def bundled_digits():
+    """Images (10000, 28, 28) and labels (10000,) as NumPy reads them."""
+    with np.load(ROOT / "MNIST" / "MNIST-10k.npz") as arrays:
+        return arrays["images"], arrays["labels"]
+
+
+def write_mnist(raw, train=600, test=200, compress=False):
+    """Bundled digits as the four files of MNIST, in the IDX format, in the folder raw."""
+    raw.mkdir(parents=True, exist_ok=True)
+    images, labels = bundled_digits()
+    for split, part in (("train", slice(0, train)), ("t10k", slice(train, train + test))):
+        for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
+            contents = (0x0800 + array.ndim).to_bytes(4, "big")
+            contents += b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+            path = raw / f"{split}-{kind}-ubyte"
+            if compress:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(contents))
+            else:
+                path.write_bytes(contents)

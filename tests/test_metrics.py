@@ -1,0 +1,44 @@
+"""Evaluation, against arithmetic over the whole set at once."""
+
+import torch
+
+from metrics import evaluate, perplexity
+from testers import state_of, trained_model
+
+
+def assert_same_state(before, after):
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_evaluation_changes_nothing():
+    model = trained_model("cpu", restart_after=2)
+    x = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    for mode in (True, False):
+        model.train(mode)
+        before, random = state_of(model), torch.get_rng_state()
+        evaluate(model, [(x, None)] * 4, "cpu")
+        assert_same_state(before, state_of(model))
+        assert torch.equal(random, torch.get_rng_state())
+        assert model.training is mode
+
+
+def test_metrics_are_means_over_images_and_count_the_whole_set():
+    model = trained_model("cpu")
+    x = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8)
+    losses, counts = evaluate(model, [(x[:7], None), (x[7:], None)], "cpu", beta=0.25)
+    model.eval()
+    with torch.no_grad():
+        scaled = (x.double() / 255 - 0.5).float() / 0.5
+        out = model(scaled)
+    assert abs(losses.reconstruction - (out.reconstruction - scaled).double().square().mean().item()) < 1e-6
+    assert abs(losses.commitment - (out.z_e - out.z_q).double().square().mean().item()) < 1e-6
+    assert abs(losses.total - (losses.reconstruction + 1.25 * losses.commitment)) < 1e-6
+    assert counts.tolist() == [(out.indices == k).sum().item() for k in range(16)]
+
+
+def test_perplexity_is_1_and_K_at_its_extremes():
+    assert perplexity(torch.tensor([0, 90, 0, 0])) == 1
+    assert abs(perplexity(torch.full((512,), 3)) - 512) < 1e-6
+    assert abs(perplexity(torch.tensor([1, 3])) - 2 ** 0.8112781244591328) < 1e-9

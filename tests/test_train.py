@@ -1,0 +1,165 @@
+"""VQ-VAE.py as a user runs it, and what it leaves in models/ and logs/."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import TRAINING
+from helpers import bundled_digits, events, import_script, run_script, snapshot
+from PIL import Image
+
+import checkpoint
+import data
+from metrics import evaluate, perplexity
+
+LOSSES = ("reconstruction", "codebook", "commitment", "total")
+STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256
+
+
+def track(folder):
+    """The columns of a run's text track, by name."""
+    lines = (folder / "models" / "run" / "track.txt").read_text().splitlines()
+    rows = [[float(value) for value in line.split()] for line in lines[1:]]
+    return {name: [row[i] for row in rows] for i, name in enumerate(lines[0].split())}
+
+
+def test_the_run_leaves_its_files_and_says_where(trained):
+    assert {path.name for path in (trained / "models" / "run").iterdir()} == {
+        "args.json", "best.pt", "last.pt", "model_1.pt", "model_2.pt", "track.txt"}
+    said = (trained / "stdout.txt").read_text()
+    for place in ("models/run/best.pt", "models/run/track.txt", "logs/run"):
+        assert place in said
+    for line in (trained / "models" / "run" / "track.txt").read_text().splitlines():
+        assert line in said
+    arguments = json.loads((trained / "models" / "run" / "args.json").read_text())
+    assert arguments["batch_size"] == 256 and arguments["seed"] == 0 and arguments["lr"] == 2e-3
+    assert arguments["versions"]["torch"] == torch.__version__
+
+
+def test_event_file_holds_every_tag(trained):
+    run = events(trained / "logs" / "run")
+    tags = run.Tags()
+    expected = {f"loss/{split}/{name}" for split in ("train", "test") for name in LOSSES}
+    assert set(tags["scalars"]) == expected | {"codebook/perplexity", "codebook/used"}
+    assert set(tags["images"]) == {"images/original", "images/reconstruction"}
+    assert tags["histograms"] == ["codebook/use"] and tags["graph"]
+    for name in LOSSES:
+        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == list(range(1, STEPS + 1))
+        assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [1, 2]
+    assert [event.step for event in run.Images("images/original")] == [0]
+    assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
+    operations = {node.op for node in run.Graph().node}
+    assert any("conv" in operation for operation in operations)
+
+
+def test_losses_in_the_event_file_add_up_and_fall(trained):
+    run = events(trained / "logs" / "run")
+    for split in ("train", "test"):
+        parts = [np.array([event.value for event in run.Scalars(f"loss/{split}/{name}")]) for name in LOSSES]
+        assert np.allclose(parts[0] + parts[1] + parts[2], parts[3], rtol=1e-5)          # β is 1
+    train = [event.value for event in run.Scalars("loss/train/reconstruction")]
+    assert np.mean(train[-10:]) < np.mean(train[:10]) / 4
+
+
+def test_track_agrees_with_the_event_file(trained):
+    columns, run = track(trained), events(trained / "logs" / "run")
+    assert columns["epoch"] == [1, 2] and columns["step"] == [STEPS / 2, STEPS]
+    pairs = {"test_recon": "loss/test/reconstruction", "test_codebook": "loss/test/codebook",
+             "test_commit": "loss/test/commitment", "perplexity": "codebook/perplexity", "used": "codebook/used"}
+    for column, tag in pairs.items():
+        assert np.allclose(columns[column], [event.value for event in run.Scalars(tag)], rtol=1e-2), column
+    # The mean over an epoch weighs its batches by their images: 35 of 256 and one of 40.
+    weights = np.array([256] * 35 + [40])
+    for column, name in (("train_recon", "reconstruction"), ("train_commit", "commitment")):
+        values = np.array([event.value for event in run.Scalars(f"loss/train/{name}")]).reshape(2, 36)
+        assert np.allclose(columns[column], values @ weights / 9000, rtol=1e-3)
+
+
+def test_pictures_in_the_event_file_are_the_test_digits(trained):
+    run = events(trained / "logs" / "run")
+    digits = torch.from_numpy(bundled_digits()[0][9000:9064]).unsqueeze(1)
+    expected = torchvision.utils.make_grid(digits)[0].numpy()
+
+    def picture(tag, i):
+        encoded = run.Images(tag)[i].encoded_image_string
+        return np.array(Image.open(io.BytesIO(encoded)).convert("L")).astype(float)
+
+    assert np.abs(picture("images/original", 0) - expected).max() <= 1
+    errors = [np.square(picture("images/reconstruction", i) - expected).mean() for i in range(3)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_checkpoints_give_the_figures_of_the_track(trained):
+    columns, folder = track(trained), trained / "models" / "run"
+    _, test_set = data.load("MNIST-10k", "MNIST")
+    for epoch in (1, 2):
+        model, contents = checkpoint.load_model(folder / f"model_{epoch}.pt")
+        losses, counts = evaluate(model, data.batches(test_set, 300), "cpu")
+        assert contents["epoch"] == epoch and contents["step"] == STEPS / 2 * epoch
+        assert losses.reconstruction == pytest.approx(columns["test_recon"][epoch - 1], abs=1e-5)
+        assert perplexity(counts) == pytest.approx(columns["perplexity"][epoch - 1], abs=0.2)
+        assert contents["test"]["reconstruction"] == pytest.approx(losses.reconstruction, rel=1e-4)
+    histogram = events(trained / "logs" / "run").Histograms("codebook/use")[-1].histogram_value
+    assert np.allclose(histogram.bucket, counts.tolist(), atol=2)
+    best = int(np.argmin(columns["test_recon"])) + 1
+    assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
+    last = checkpoint.load(folder / "last.pt")
+    assert set(last["training"]) == {"optimizer", "random"}
+    assert all(torch.equal(last["model"][name], value) for name, value in model.state_dict().items())
+
+
+def test_the_codebook_stays_alive(trained):
+    assert track(trained)["used"][-1] > 200
+
+
+def test_same_seed_gives_identical_weights(trained, tmp_path):
+    assert run_script("VQ-VAE.py", *TRAINING, cwd=tmp_path).returncode == 0
+    for name in ("model_1.pt", "model_2.pt", "best.pt", "last.pt"):
+        contents = [checkpoint.load(folder / "models" / "run" / name) for folder in (trained, tmp_path)]
+        for key, value in contents[0]["model"].items():
+            assert torch.equal(value, contents[1]["model"][key]), key
+
+
+def test_a_finished_run_is_touched_with_overwrite_alone(trained, tmp_path):
+    for folder in ("models", "logs"):
+        shutil.copytree(trained / folder, tmp_path / folder)
+    (tmp_path / "models" / "run" / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    refused = run_script("VQ-VAE.py", *TRAINING, cwd=tmp_path)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr and "models/run" in refused.stderr
+    assert snapshot(tmp_path) == before
+
+    again = run_script("VQ-VAE.py", *TRAINING, "--num-epochs", 1, "--seed", 1, "--overwrite", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in (tmp_path / "models" / "run").iterdir()} == {
+        "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", "notes.txt"}
+    assert len(list((tmp_path / "logs" / "run").iterdir())) == 1
+    assert track(tmp_path)["epoch"] == [1]
+    one, two = (checkpoint.load(folder / "models" / "run" / "model_1.pt")["model"] for folder in (trained, tmp_path))
+    assert not torch.equal(one["encoder.0.weight"], two["encoder.0.weight"])
+
+
+def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp_path):
+    done = run_script("VQ-VAE.py", "--output-folder", "a/b", "--data-folder", mnist_folder, "--device", "cpu",
+                      "--hidden-size", 16, "--k", 32, "--batch-size", 100, "--num_epoch", 1, "--lr", 2e-4,
+                      "--beta", 0.5, "--num-workers", 1, "--codebook-init", "uniform", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    contents = checkpoint.load(tmp_path / "models" / "a" / "b" / "best.pt")
+    assert contents["dataset"] == {"name": "MNIST", "shape": [1, 28, 28]}
+    assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32,
+                                  "codebook_init": "uniform", "restart_after": 100}
+    assert contents["step"] == 6
+    run = events(tmp_path / "logs" / "a" / "b")
+    parts = {name: run.Scalars(f"loss/train/{name}")[3].value for name in LOSSES}
+    assert parts["total"] == pytest.approx(parts["reconstruction"] + parts["codebook"] + 0.5 * parts["commitment"])
+
+
+def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("VQ-VAE.py", "generate.py"):
+        assert import_script(name).get_parser().parse_args(["--model", "x"] if name == "generate.py" else [])
+    assert not list(tmp_path.iterdir())
