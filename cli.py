@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,14 +98,14 @@ def name_inside(folder):
 
 def device(text):
     """A type for devices that this machine has: cpu, cuda, cuda:1, …"""
-    kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from cpu, cuda, cuda:0, cuda:1, …")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if text != "cpu" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
             f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
             "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+    if match[1] and int(match[1]) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine has cuda:0 "
                                          f"to cuda:{torch.cuda.device_count() - 1}")
     return text

@@ -117,7 +117,8 @@ def _download(dataset, folder, raw, names):
                 path.rmdir()
         # torchvision raises RuntimeError with what each mirror said; the network raises the others.
         if isinstance(error, (RuntimeError, http.client.HTTPException, TimeoutError, ConnectionError)):
-            raise OSError(f"{dataset.__name__} could not be downloaded ({' '.join(str(error).split())}). "
+            raise OSError(f"{dataset.__name__} could not be downloaded from {' or '.join(dataset.mirrors)} "
+                          f"({' '.join(str(error).split())}). "
                           f"Put {', '.join(names)} (as they are or as .gz) into {raw} by hand, "
                           "or use --dataset MNIST-10k, which needs no download") from error
         raise

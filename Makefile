@@ -1,0 +1,36 @@
+# make        train on the bundled digits, write two grids of digits, say where everything is
+# make test   run the tests
+# Both set up .venv first, once. With another Python: make PYTHON=python3.12
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+NAME := MNIST-10k
+CODE := VQ-VAE.py checkpoint.py cli.py data.py metrics.py modules.py vector_quantizer.py
+
+all: models/$(NAME)/trained
+	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed
+	$(RUN) generate.py --model models/$(NAME)/best.pt --input random --filename $(NAME)-random
+	@echo
+	@echo "The model:             models/$(NAME)/best.pt"
+	@echo "Reconstructed digits:  generatedImages/$(NAME)-reconstructed.png"
+	@echo "Decoded noise:         generatedImages/$(NAME)-random.png"
+	@echo "The logs:              logs/$(NAME)"
+	@echo "To look at the logs:   .venv/bin/tensorboard --logdir logs, then open http://localhost:6006"
+
+# The flags that measured best on the bundled digits; README.md has the figures.
+models/$(NAME)/trained: $(CODE) | .venv/ready
+	$(RUN) VQ-VAE.py --dataset MNIST-10k --batch-size 32 --lr 4e-3 --beta 0.25 --output-folder $(NAME) --overwrite
+	@touch $@
+
+test: .venv/ready
+	$(RUN) -m pytest
+
+# The stamp comes last, so that an installation that broke off starts again.
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "Setting up .venv: torch is large, this takes a few minutes."
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.PHONY: all test
