@@ -79,6 +79,8 @@ def _load_bundled(_folder):
 
 
 def _load_mnist(folder):
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError("is a file: give the path of a folder, there or not yet there")
     raw = folder / "MNIST" / "raw"
     names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if not all((raw / name).is_file() for name in names):
