@@ -2,7 +2,12 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -54,6 +59,29 @@ def test_event_file_holds_every_tag(trained):
     assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
     operations = {node.op for node in run.Graph().node}
     assert any("conv" in operation for operation in operations)
+
+
+def test_tensorboard_serves_every_tag_over_http(trained):
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--port", "0", "--host",
+                               "127.0.0.1", "--load_fast", "false"],
+                              cwd=trained, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
+        expected = events(trained / "logs" / "run").Tags()
+        for plugin in ("scalars", "images", "histograms"):
+            served = {}
+            for _ in range(100):                            # it answers before it has read the logs
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                        f"{address}data/plugin/{plugin}/tags") as answer:
+                    served = json.load(answer)
+                if len(served.get("run", ())) == len(expected[plugin]):
+                    break
+                time.sleep(0.2)
+            assert set(served["run"]) == set(expected[plugin]), plugin
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
 
 
 def test_losses_in_the_event_file_add_up_and_fall(trained):
