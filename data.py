@@ -37,7 +37,8 @@ class Images(Dataset):
 
 def batches(dataset, batch_size, generator=None, num_workers=0, pin_memory=False):
     """A DataLoader of (uint8 images (B, C, H, W), labels (B,)); shuffled by generator, if there is one."""
-    return DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator,
+    # A generator of its own in any case: without one, each pass draws from torch's.
+    return DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator or torch.Generator(),
                       num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is,
                       persistent_workers=num_workers > 0)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+import data
 from metrics import evaluate, perplexity
 from testers import state_of, trained_model
 
@@ -14,11 +15,12 @@ def assert_same_state(before, after):
 
 def test_evaluation_changes_nothing():
     model = trained_model("cpu", restart_after=2)
-    x = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    x = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
+    batches = data.batches(data.Images(x, torch.zeros(16)), 4)
     for mode in (True, False):
         model.train(mode)
         before, random = state_of(model), torch.get_rng_state()
-        evaluate(model, [(x, None)] * 4, "cpu")
+        evaluate(model, batches, "cpu")
         assert_same_state(before, state_of(model))
         assert torch.equal(random, torch.get_rng_state())
         assert model.training is mode
