@@ -72,7 +72,10 @@ def load(path, device="cpu"):
     if contents.get("format") != FORMAT:
         raise ValueError(f"the checkpoint has format {contents.get('format')}; "
                          f"this version of the code reads format {FORMAT}")
-    return contents
+    match contents.get("dataset"):
+        case {"name": str(), "shape": [int(), int(), int()]}:
+            return contents
+    raise ValueError("the checkpoint does not say which data set its model was trained on")
 
 
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):
@@ -82,15 +85,14 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     and ValueError if the sizes contradict each other.
     """
     contents = load(path, device)
-    config = contents.get("config")
     try:
-        model = VectorQuantizedVAE(**config).to(device)
+        model = VectorQuantizedVAE(**contents["config"]).to(device)
         model.load_state_dict(contents["model"])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError("the checkpoint's weights do not fit its configuration: "
                          f"{' '.join(str(error).split())}") from error
-    for flag, given, own in (("--hidden-size", hidden_size, config["hidden_size"]),
-                             ("--k", num_codes, config["num_codes"])):
+    for flag, given, own in (("--hidden-size", hidden_size, model.quantizer.dim),
+                             ("--k", num_codes, model.quantizer.num_codes)):
         if given is not None and given != own:
             raise ValueError(f"{flag} {given} contradicts the file, which holds a model with {flag} {own}: "
                              f"leave {flag} out")

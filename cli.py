@@ -42,7 +42,7 @@ def named(flag, value):
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {value}: {describe(error)}") from error
+        raise ValueError(f"{flag} {value}: {describe(error).removeprefix(f'{value}: ')}") from error
 
 
 # ---------------------------------------------------------------- types for add_argument

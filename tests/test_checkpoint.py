@@ -96,6 +96,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     dictionaries = {"other kind": ({**good, "kind": "prior"}, "not a checkpoint of a VQ-VAE"),
                     "future": ({**good, "format": 2}, "format 2"), "list": ([1], "not a checkpoint of a VQ-VAE"),
                     "no config": ({**good, "config": None}, "do not fit"),
+                    "empty config": ({**good, "config": {}}, "do not fit"),
+                    "no data set": ({**good, "dataset": None}, "which data set"),
+                    "no shape": ({**good, "dataset": {"name": "MNIST", "shape": [28]}}, "which data set"),
                     "other size": ({**good, "config": {**good["config"], "hidden_size": 9}}, "do not fit"),
                     "missing": ({**good, "model": without}, "decoder.6.bias"),
                     "tensors": ({"fc.weight": torch.zeros(2)}, "not those of a VQ-VAE"), "bare": (without, "decoder")}
