@@ -179,6 +179,9 @@ def train(args):
         with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="img", unit_scale=True,
                   leave=False, disable=None) as bar:
             step, trained = train_one_epoch(model, train_batches, optimizer, args, writer, step, bar)
+        if not math.isfinite(trained.total):
+            raise ValueError(f"--lr {args.lr:g}: the losses of epoch {epoch} are no longer finite numbers, "
+                             f"try a lower rate; what {models} holds is from before")
         tested, counts = evaluate(model, test_batches, args.device, args.beta)
         log_epoch(writer, epoch, tested, counts)
         log_images(writer, model, shown, epoch)

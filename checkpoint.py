@@ -21,6 +21,7 @@ import torch
 from modules import VectorQuantizedVAE
 
 FORMAT = 1
+LARGEST_SIDE = 4096         # pixels; what a damaged file says must not fill the memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
 
 
@@ -65,11 +66,12 @@ def load(path, device="cpu"):
         raise ValueError("not a checkpoint: the file is damaged or of another kind, "
                          "or it holds objects that could run code, which are never read") from error
 
-    if isinstance(contents, dict) and contents and all(torch.is_tensor(value) for value in contents.values()):
+    if isinstance(contents, dict) and contents and all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in contents.items()):
         contents = _from_state_dict(contents)
     if not isinstance(contents, dict) or contents.get("kind") != "vqvae":
         raise ValueError("the file is not a checkpoint of a VQ-VAE")
-    if contents.get("format") != FORMAT:
+    if type(contents.get("format")) is not int or contents["format"] != FORMAT:
         raise ValueError(f"the checkpoint has format {contents.get('format')}; "
                          f"this version of the code reads format {FORMAT}")
     match contents.get("dataset"):
@@ -96,6 +98,10 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
         if given is not None and given != own:
             raise ValueError(f"{flag} {given} contradicts the file, which holds a model with {flag} {own}: "
                              f"leave {flag} out")
+    C, H, W = contents["dataset"]["shape"]
+    if model.channels != C or not (0 < H <= LARGEST_SIDE and 0 < W <= LARGEST_SIDE) or H % 4 or W % 4:
+        raise ValueError(f"the checkpoint's images of {C}×{H}×{W} do not fit its model: "
+                         f"C is {model.channels}, H and W are multiples of 4 up to {LARGEST_SIDE}")
     return model.eval(), contents
 
 
@@ -106,11 +112,11 @@ def _from_state_dict(state):
     """
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
     if PUBLISHED_CODEBOOK in state:
-        codebook = state.pop(PUBLISHED_CODEBOOK)
+        codebook = torch.atleast_1d(state.pop(PUBLISHED_CODEBOOK))
         state["quantizer.codebook"] = codebook
         state["quantizer.initialised"] = torch.tensor(True)
         state["quantizer.steps_unused"] = torch.zeros(len(codebook), dtype=torch.int64)
-    if "quantizer.codebook" not in state or "encoder.0.weight" not in state:
+    if [state[name].dim() for name in ("quantizer.codebook", "encoder.0.weight") if name in state] != [2, 4]:
         raise ValueError("the file holds tensors, but not those of a VQ-VAE")
     hidden_size, channels = state["encoder.0.weight"].shape[:2]
     config = {"channels": channels, "hidden_size": hidden_size, "num_codes": len(state["quantizer.codebook"])}

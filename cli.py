@@ -92,7 +92,7 @@ def name_inside(folder):
         if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
             raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
                                              "give one without a leading / and without ..")
-        return text
+        return str(path)
     return convert
 
 

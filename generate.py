@@ -65,10 +65,11 @@ def generate(args):
         dataset = args.dataset or contents["dataset"]["name"]
         with cli.named(f"--dataset {dataset} --data-folder", args.data_folder):
             _, test_set = data.load(dataset, args.data_folder)
-        images = reconstruct(model, test_set, generator, args.device)
+        with cli.named(f"--model {args.model} --dataset", dataset):
+            images = reconstruct(model, test_set, generator, args.device)
 
     name = args.filename or args.input
-    path = Path(FOLDER, name if name.lower().endswith(".png") else f"{name}.png")
+    path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(data.to_unit_range(images), path, nrow=ROWS)

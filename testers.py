@@ -6,6 +6,7 @@ Each check is a function that takes the device. pytest collects them too, on the
 import sys
 import traceback
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -82,12 +83,14 @@ def second_gap(distances):
 def test_vq_is_right_under_a_large_shared_offset(device="cpu"):
     torch.manual_seed(0)
     offset = 1000 * torch.randn(40, device=device)
-    codebook = torch.randn(512, 40, device=device) + offset
     inputs = torch.randn(2000, 40, device=device) + offset
-    distances = float64_distances(inputs, codebook)
-    clear = second_gap(distances) > 1e-4
-    assert clear.float().mean() > 0.9
-    assert torch.equal(vq(inputs, codebook)[clear], distances.argmin(dim=1)[clear])
+    for far in (0, 1, 256):                         # codes that the latents have left behind
+        codebook = torch.randn(512, 40, device=device) + offset
+        codebook[:far] = torch.rand(far, 40, device=device) / 512
+        distances = float64_distances(inputs, codebook)
+        clear = second_gap(distances) > 1e-4
+        assert clear.float().mean() > 0.9
+        assert torch.equal(vq(inputs, codebook)[clear], distances.argmin(dim=1)[clear])
 
 
 def test_vq_gives_ties_to_the_lowest_index(device="cpu"):
@@ -115,7 +118,18 @@ def test_vq_does_not_depend_on_its_blocks(device="cpu"):
     torch.manual_seed(0)
     inputs, codebook = torch.randn(9000, 8, device=device), torch.randn(1024, 8, device=device)
     one_by_one = torch.cat([vq(rows, codebook) for rows in inputs.split(1000)])
-    assert (vq(inputs, codebook) == one_by_one).float().mean() > 0.9999      # rounding may break a tie
+    with mock.patch("torch.addmm", wraps=torch.addmm) as products:
+        together = vq(inputs, codebook)
+    assert (together == one_by_one).float().mean() > 0.9999                  # rounding may break a tie
+    assert all(len(call.args[1]) * len(codebook) <= 2**20 for call in products.call_args_list)
+
+
+def test_vq_stays_inside_the_codebook_whatever_it_is_given(device="cpu"):
+    for value in (torch.inf, -torch.inf, torch.nan):
+        inputs = torch.tensor([[value, 1.0], [3.0, 4.0]], device=device)
+        codebook = torch.tensor([[9.0, 9.0], [3.0, 4.5], [1.0, 1.0], [0.0, 0.0], [5.0, 5.0]], device=device)
+        indices = vq(inputs, codebook)
+        assert 0 <= indices[0] < 5 and indices[1] == 1
 
 
 def test_vq_refuses_sizes_that_do_not_fit(device="cpu"):

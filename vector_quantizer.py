@@ -38,35 +38,35 @@ def vq(inputs, codebook):
         raise ValueError(f"inputs {tuple(inputs.shape)} and codebook {tuple(codebook.shape)} "
                          "do not fit: expected (..., D) and (K, D) with K > 0")
     with torch.autocast(inputs.device.type, enabled=False):
-        codes = codebook.float()
-        offset = _shared_offset(codes)
-        codes = codes - offset                                        # (K, D)
+        K = len(codebook)
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()           # (N, D)
+        offset = _shared_offset(flat)
+        codes = codebook.float() - offset                             # (K, D)
         squares = codes.square().sum(dim=1)                           # (K,)
-        # Up to whole registers with codes that are infinitely far: a product's last columns may
-        # round in another way than the others, and then equal codes would not tie.
-        padding = -len(codes) % REGISTER
-        codes = F.pad(codes, (0, 0, 0, padding))
-        squares = F.pad(squares, (0, padding), value=torch.inf)
-        flat = inputs.reshape(-1, inputs.shape[-1])                   # (N, D)
+        # Up to whole registers: a product's last columns may round in another way than the
+        # others, and then equal codes would not tie.
+        padding = -K % REGISTER
+        codes, squares = F.pad(codes, (0, 0, 0, padding)), F.pad(squares, (0, padding))
         nearest = []
         for rows in flat.split(max(1, BLOCK_SCORES // len(codes))):
             # ‖z − e‖² without ‖z‖², which is the same for every code. min(), not argmin(): it
             # promises the first index as well and is more than twice as fast on a CPU.
-            scores = torch.addmm(squares, rows.float() - offset, codes.T, alpha=-2)   # (rows, K)
-            nearest.append(scores.min(dim=1).indices)
+            scores = torch.addmm(squares, rows - offset, codes.T, alpha=-2)           # (rows, K + padding)
+            nearest.append(scores[:, :K].min(dim=1).indices)
     return torch.cat(nearest).view(inputs.shape[:-1])
 
 
-def _shared_offset(codes):
-    """A vector (D,) near the middle of the codes (K, D), to subtract before distances are taken.
+def _shared_offset(latents):
+    """A vector (D,) near the middle of the latents (N, D), to subtract before distances are taken.
 
-    Distances do not change, but ‖e‖² − 2 z·e cancels badly in float32 when all vectors share a
-    large offset. The offset is a multiple of a power of two no smaller than the codes' spread:
-    zero for a codebook around the origin, and subtracting it does not round away an exact tie.
+    Distances do not change, but ‖e‖² − 2 z·e cancels badly in float32 when the latents share a
+    large offset. The offset is a multiple of a power of two no smaller than the latents' spread:
+    zero for latents around the origin, whatever the batch, and subtracting it does not round away
+    an exact tie.
     """
-    low, high = codes.amin(dim=0), codes.amax(dim=0)
-    step = torch.exp2(torch.frexp((high - low).max()).exponent.float())
-    return torch.round((low + high) / (2 * step)) * step
+    deviation, mean = torch.std_mean(latents, dim=0, correction=0)
+    step = torch.exp2(torch.frexp(8 * deviation.max()).exponent.float())
+    return torch.nan_to_num(torch.round(mean / step) * step, nan=0, posinf=0, neginf=0)
 
 
 def vq_st(inputs, codebook):

@@ -141,8 +141,9 @@ def test_a_model_file_that_is_none(folder, model, capsys):
         (folder / name).write_bytes(contents)
     torch.save({"model": Bomb()}, "bomb2.pt")
     before = snapshot(folder)
-    expected = {"missing.pt": "error: --model missing.pt: No such file", ".": "directory", "empty.pt": "empty", "text.pt": "not a checkpoint",
-                "half.pt": "not a checkpoint", "bomb.pt": "could run code", "bomb2.pt": "could run code"}
+    expected = {"missing.pt": "error: --model missing.pt: No such file", ".": "directory", "empty.pt": "empty",
+                "text.pt": "not a checkpoint", "half.pt": "not a checkpoint", "bomb.pt": "could run code",
+                "bomb2.pt": "could run code"}
     for name, words in expected.items():
         line = refuse("generate.py", ["--model", name, "--input", "random"], capsys)
         assert f"--model {name}" in line and words in line

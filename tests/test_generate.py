@@ -68,7 +68,8 @@ def test_the_seed_decides_and_the_name_follows_the_input(folder):
         assert np.array_equal(*pictures[name][:2]) and not np.array_equal(*pictures[name][1:])
 
 
-@pytest.mark.parametrize("name, written", [("a.png", "a.png"), ("a.PNG", "a.PNG"), ("a.b", "a.b.png"),
+@pytest.mark.parametrize("name, written", [("a.png", "a.png"), ("a.PNG", "a.PNG"), ("a.b", "a.b.png"), ("b/", "b.png"),
+                                           (".png", ".png.png"),
                                            ("new/folder/a", "new/folder/a.png")])
 def test_png_is_not_doubled_and_missing_folders_are_made(name, written, folder):
     assert generate(folder, "--input", "random", "--filename", name)[0] == folder / "generatedImages" / written

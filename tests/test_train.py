@@ -186,6 +186,13 @@ def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp
     assert parts["total"] == pytest.approx(parts["reconstruction"] + parts["codebook"] + 0.5 * parts["commitment"])
 
 
+def test_losses_that_are_no_longer_finite_stop_the_run_in_one_line(tmp_path):
+    done = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 1000, "--hidden-size", 8, "--k", 16,
+                      "--lr", 1e30, cwd=tmp_path)
+    assert done.returncode == 2 and "--lr 1e+30" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "models" / "vqvae").glob("*.pt"))
+
+
 def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("VQ-VAE.py", "generate.py"):
