@@ -5,7 +5,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := VQ-VAE.py checkpoint.py cli.py data.py metrics.py modules.py vector_quantizer.py
+CODE := VQ-VAE.py checkpoint.py cli.py data.py metrics.py modules.py tracking.py vector_quantizer.py
 
 all: models/$(NAME)/trained
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed

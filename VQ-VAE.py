@@ -8,26 +8,32 @@ import math
 import os
 import platform
 import time
-import warnings
 from pathlib import Path
 
 import torch
 import torchvision
+from torch.optim import lr_scheduler
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import checkpoint
 import cli
 import data
+import tracking
 from metrics import evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
+from vector_quantizer import CODEBOOK_INITS, CODEBOOK_UPDATES
 
-LOG_EVERY = 20              # steps between two moments when the losses come from the device
+LOG_EVERY = 10              # steps between two moments when the losses come from the device
 SHOWN_IMAGES = 64           # test images in TensorBoard
-TRACK = "track.txt"
-TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
-                 "test_recon", "test_codebook", "test_commit", "perplexity", "used", "seconds")
+
+# From the optimizer and the number of steps. --lr is the highest rate of each.
+SCHEDULES = {
+    "constant": lambda optimizer, steps: lr_scheduler.ConstantLR(optimizer, factor=1),
+    "cosine": lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    "onecycle": lambda optimizer, steps: lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps,
+                                                                 cycle_momentum=False),
+}
 
 
 def get_parser():
@@ -47,7 +53,9 @@ def get_parser():
                        help=f"size D of a latent vector and of the hidden layers {shown}")
     group.add_argument("--k", type=cli.whole_number(1), default=512, metavar="K",
                        help=f"number of codes in the codebook {shown}")
-    group.add_argument("--codebook-init", type=cli.one_of("kmeans", "uniform"), default="kmeans", metavar="HOW",
+    group.add_argument("--codebook-update", type=cli.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
+                       help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
+    group.add_argument("--codebook-init", type=cli.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
     group.add_argument("--restart-after", type=cli.whole_number(0), default=100, metavar="STEPS",
                        help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
@@ -58,7 +66,9 @@ def get_parser():
     group.add_argument("--num-epochs", "--num_epoch", type=cli.whole_number(1), default=10, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=cli.number(above=0), default=2e-4, metavar="RATE",
-                       help=f"learning rate of Adam {shown}")
+                       help=f"learning rate of Adam, the highest one of a schedule {shown}")
+    group.add_argument("--lr-schedule", type=cli.one_of(*SCHEDULES), default="constant", metavar="NAME",
+                       help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
     group.add_argument("--beta", type=cli.number(minimum=0), default=1.0, metavar="β",
                        help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
     group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
@@ -90,11 +100,12 @@ def check_folders(folders, overwrite):
 
 def prepare_folders(models, logs):
     """Make the run's folders, without the files of a former run. Other files in them are kept."""
-    for folder, patterns in ((models, ("*.pt", "args.json", TRACK)), (logs, ("events.out.tfevents.*",))):
+    for folder in (models, logs):
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in patterns:
-            for path in folder.glob(pattern):
-                path.unlink()
+    for pattern in ("*.pt", "args.json", tracking.TRACK):
+        for path in models.glob(pattern):
+            path.unlink()
+    tracking.remove_logs(logs)
 
 
 def settings(args):
@@ -102,6 +113,12 @@ def settings(args):
     return {**vars(args), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                        "torchvision": torchvision.__version__},
             "threads": torch.get_num_threads()}
+
+
+def hparams(args):
+    """The arguments that a run's figures depend on."""
+    left_out = ("data_folder", "num_workers", "output_folder", "overwrite")
+    return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 # ---------------------------------------------------------------- training
@@ -116,36 +133,48 @@ def seed_everything(seed, device):
 def build_model(args, channels):
     """The model on its device, and the configuration that rebuilds it."""
     config = {"channels": channels, "hidden_size": args.hidden_size, "num_codes": args.k,
-              "codebook_init": args.codebook_init, "restart_after": args.restart_after}
+              "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
+              "restart_after": args.restart_after}
     try:
-        return VectorQuantizedVAE(**config).to(args.device), config
+        # Channels last: the layout in which convolutions are fastest, and the quantizer's own.
+        return VectorQuantizedVAE(**config).to(args.device, memory_format=torch.channels_last), config
     except RuntimeError as error:       # torch's way to say that memory is short
         raise ValueError(f"--hidden-size {args.hidden_size} --k {args.k}: "
                          "no memory for a model of this size, choose smaller ones") from error
 
 
-def train_one_epoch(model, batches, optimizer, args, writer, step, bar):
-    """One pass over the training set, from step on. → the step after it, and the mean Losses."""
+def train_one_epoch(model, batches, optimizer, schedule, args, writer, step, bar):
+    """One pass over the training set, from step on.
+
+    → the step after it, the mean Losses, and counts (K,) of the codes' use on the way.
+    """
     model.train()
     waiting, sums, images_seen = [], 0, 0
+    counts = torch.zeros(args.k, dtype=torch.int64, device=args.device)
     for images, _ in batches:
-        x = data.to_model_range(images, args.device)                  # (B, C, H, W)
-        losses = vqvae_losses(x, model(x), args.beta)
+        x = data.to_model_range(images, args.device).contiguous(memory_format=torch.channels_last)    # (B, C, H, W)
+        output = model(x)
+        losses = vqvae_losses(x, output, args.beta)
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
+        lr = schedule.get_last_lr()[0]
+        schedule.step()
 
         step += 1
         waiting.append(torch.stack(losses).detach())                  # (4,), still on the device
         sums = sums + waiting[-1].double() * len(x)
         images_seen += len(x)
+        indices = output.indices.flatten()
+        counts.index_add_(0, indices, torch.ones_like(indices))       # bincount would wait for the GPU
         bar.update(len(x))
         if len(waiting) == LOG_EVERY:
-            log_steps(writer, bar, step, waiting)
-            waiting = []
+            mean, waiting = tracking.mean_losses(waiting), []
+            tracking.log_steps(writer, step, mean, lr)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
     if waiting:
-        log_steps(writer, bar, step, waiting)
-    return step, Losses(*(sums / images_seen).tolist())
+        tracking.log_steps(writer, step, tracking.mean_losses(waiting), lr)
+    return step, Losses(*(sums / images_seen).tolist()), counts.cpu()
 
 
 def train(args):
@@ -162,29 +191,33 @@ def train(args):
     test_batches = data.batches(test_set, args.batch_size, None, args.num_workers, pinned)
     shape = list(train_set.images.shape[1:])                          # [C, H, W]
     model, config = build_model(args, shape[0])
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * len(train_batches))
 
     with cli.named("--output-folder", args.output_folder):
         prepare_folders(models, logs)
         checkpoint.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
     writer = SummaryWriter(logs)
     shown = data.to_model_range(test_set.images[:SHOWN_IMAGES], args.device)
-    log_images(writer, model, shown, epoch=0)
+    tracking.log_images(writer, model, shown, epoch=0)
     print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}.")
-    tell(models, "  ".join(TRACK_COLUMNS))
+    tracking.tell(models, "  ".join(tracking.TRACK_COLUMNS))
 
     step, best, best_epoch, start = 0, math.inf, 0, time.perf_counter()
     for epoch in range(1, args.num_epochs + 1):
         epoch_start = time.perf_counter()
         with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="img", unit_scale=True,
                   leave=False, disable=None) as bar:
-            step, trained = train_one_epoch(model, train_batches, optimizer, args, writer, step, bar)
+            step, trained, train_counts = train_one_epoch(model, train_batches, optimizer, schedule, args,
+                                                          writer, step, bar)
         if not math.isfinite(trained.total):
             raise ValueError(f"--lr {args.lr:g}: the losses of epoch {epoch} are no longer finite numbers, "
                              f"try a lower rate; what {models} holds is from before")
         tested, counts = evaluate(model, test_batches, args.device, args.beta)
-        log_epoch(writer, epoch, tested, counts)
-        log_images(writer, model, shown, epoch)
+        restarts = model.quantizer.restarts.item()
+        model.quantizer.restarts.zero_()
+        tracking.log_epoch(writer, epoch, tested, counts, train_counts, restarts)
+        tracking.log_images(writer, model, shown, epoch)
 
         is_best = tested.reconstruction < best
         if is_best:
@@ -192,76 +225,30 @@ def train(args):
         contents = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
                     "dataset": {"name": args.dataset, "shape": shape},
                     "model": model.state_dict(), "epoch": epoch, "step": step, "test": tested._asdict()}
-        save_epoch(models, contents, optimizer, order, is_best)
-        tell(models, track_line(epoch, step, *trained[:3], *tested[:3], perplexity(counts),
-                                int((counts > 0).sum()), time.perf_counter() - epoch_start))
+        save_epoch(models, contents, optimizer, schedule, order, is_best)
+        tracking.tell(models, tracking.track_line(epoch, step, *trained[:3], *tested[:3], perplexity(counts),
+                                                  int((counts > 0).sum()), restarts,
+                                                  time.perf_counter() - epoch_start))
+    tracking.log_codebook(writer, model, counts, shape, epoch)
+    tracking.log_hparams(writer, hparams(args), tested, counts)
     writer.close()
     print(f"Done in {time.perf_counter() - start:.0f} s. "
           f"Lowest test reconstruction loss: {best:.4f}, in epoch {best_epoch}.\n"
-          f"  checkpoint  {models / 'best.pt'}\n  track       {models / TRACK}\n  logs        {logs}\n"
+          f"  checkpoint  {models / 'best.pt'}\n  track       {models / tracking.TRACK}\n  logs        {logs}\n"
           f"Next: python3 generate.py --model {models / 'best.pt'} --input MNIST\n"
           f"      tensorboard --logdir logs")
 
 
-def save_epoch(models, contents, optimizer, order, is_best):
+def save_epoch(models, contents, optimizer, schedule, order, is_best):
     """Write last.pt, best.pt if it is the best, and model_EPOCH.pt at the very end of the epoch."""
     random = {"torch": torch.get_rng_state(), "order": order.get_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state_all()
-    training = {"optimizer": optimizer.state_dict(), "random": random}
+    training = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": random}
     checkpoint.save(models / "last.pt", {**contents, "training": training})
     if is_best:
         checkpoint.save(models / "best.pt", contents)
     checkpoint.save(models / f"model_{contents['epoch']}.pt", contents)
-
-
-# ---------------------------------------------------------------- the track and TensorBoard
-
-def track_line(*values):
-    """One value for each of TRACK_COLUMNS, under its name."""
-    formats = ("d", "d", *6 * (".5f",), ".1f", "d", ".1f")
-    return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
-
-
-def tell(models, line):
-    """Print a line and add it to the run's track."""
-    print(line, flush=True)
-    with open(models / TRACK, "a") as track:
-        print(line, file=track)
-
-
-def log_steps(writer, bar, step, waiting):
-    """Fetch the losses of the steps up to this one from the device, all at once, and log them."""
-    values = torch.stack(waiting).tolist()                            # (steps, 4)
-    for number, losses in enumerate(values, start=step - len(values) + 1):
-        for name, value in zip(Losses._fields, losses):
-            writer.add_scalar(f"loss/train/{name}", value, number)
-    bar.set_postfix({name: f"{value:.4f}" for name, value in zip(Losses._fields, values[-1])}, refresh=False)
-
-
-def log_epoch(writer, epoch, losses, counts):
-    """The test losses, and how often each of the K codes was used, as a histogram over their numbers."""
-    for name, value in losses._asdict().items():
-        writer.add_scalar(f"loss/test/{name}", value, epoch)
-    writer.add_scalar("codebook/perplexity", perplexity(counts), epoch)
-    writer.add_scalar("codebook/used", (counts > 0).sum(), epoch)
-    numbers = torch.arange(len(counts))
-    writer.add_histogram_raw("codebook/use", min=0, max=len(counts) - 1, num=counts.sum().item(),
-                             sum=(counts * numbers).sum().item(), sum_squares=(counts * numbers**2).sum().item(),
-                             bucket_limits=(numbers + 0.5).tolist(), bucket_counts=counts.tolist(), global_step=epoch)
-
-
-@torch.no_grad()
-def log_images(writer, model, images, epoch):
-    """The reconstructions of some test images; in epoch 0 the originals and the model's graph too."""
-    model.eval()
-    if epoch == 0:
-        writer.add_image("images/original", make_grid(data.to_unit_range(images)), 0)
-        with warnings.catch_warnings():     # its tracer warns of every shape that Python looks at
-            warnings.simplefilter("ignore")
-            writer.add_graph(model, images[:1])
-    reconstruction = model(images).reconstruction
-    writer.add_image("images/reconstruction", make_grid(data.to_unit_range(reconstruction)), epoch)
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ A checkpoint of a VQ-VAE rebuilds its own model:
     dataset   {"name": "MNIST", "shape": [C, H, W]}
     model     the state_dict
     epoch, step, test   where the training stood, and the test metrics there
-    training  in last.pt alone: optimizer and random states
+    training  in last.pt alone: optimizer, schedule and random states
 """
 
 import io
@@ -21,6 +21,7 @@ import torch
 from modules import VectorQuantizedVAE
 
 FORMAT = 1
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
 LARGEST_SIDE = 4096         # pixels; what a damaged file says must not fill the memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
 

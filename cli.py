@@ -1,12 +1,19 @@
-"""What the scripts share: types of arguments, and bad input told in one line with exit status 2."""
+"""What the scripts share: types of arguments, the model and the data that they name, and bad input told in
+one line with exit status 2.
+"""
 
 import argparse
 import math
+import os
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+import checkpoint
+import data
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +50,43 @@ def named(flag, value):
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {value}: {describe(error).removeprefix(f'{value}: ')}") from error
+
+
+# ---------------------------------------------------------------- a trained model and its test set
+
+def add_model_arguments(parser):
+    """The flags of every script that takes a trained model."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--model", metavar="PATH",
+                        help="checkpoint of VQ-VAE.py, or a state_dict of the published network "
+                             "(default: the shipped model, pretrained/vqvae.pt)")
+    parser.add_argument("--device", type=device, default="cpu", metavar="NAME",
+                        help=f"cpu, cuda or cuda:N {shown}")
+    parser.add_argument("--dataset", type=one_of(*data.DATASETS), metavar="NAME",
+                        help=f"{' or '.join(data.DATASETS)} (default: the one that the model was trained on)")
+    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
+                        help=f"where MNIST is, or is downloaded to once {shown}")
+    parser.add_argument("--hidden-size", type=whole_number(1), metavar="D",
+                        help="size of a latent vector (default: read from the model's file)")
+    parser.add_argument("--k", type=whole_number(1), metavar="K",
+                        help="number of codes (default: read from the model's file)")
+
+
+def open_model(args):
+    """The model that the arguments name, else the shipped one. → model, its checkpoint, its path."""
+    path = args.model
+    if path is None:
+        path = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
+        print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
+    with named("--model", path):
+        return *checkpoint.load_model(path, args.device, args.hidden_size, args.k), path
+
+
+def open_test_set(args, contents):
+    """The test set that the arguments name, else that of the checkpoint. → its name, its Images."""
+    name = args.dataset or contents["dataset"]["name"]
+    with named(f"--dataset {name} --data-folder", args.data_folder):
+        return name, data.load(name, args.data_folder)[1]
 
 
 # ---------------------------------------------------------------- types for add_argument

@@ -1,6 +1,7 @@
-"""Write a 10×10 grid of images: python3 generate.py --model models/NAME/best.pt [--input random] ...
+"""Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
 `--input MNIST` reconstructs 100 test images; `--input random` decodes Gaussian noise, quantized.
+Without --model it uses the shipped one.
 """
 
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-import checkpoint
 import cli
 import data
 
@@ -19,24 +19,13 @@ FOLDER = "generatedImages"
 def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
-    parser.add_argument("--model", required=True, metavar="PATH",
-                        help="checkpoint of VQ-VAE.py, or a state_dict of the published network (required)")
+    cli.add_model_arguments(parser)
     parser.add_argument("--input", type=cli.one_of("MNIST", "random"), default="MNIST", metavar="WHAT",
                         help=f"MNIST for test images, or random for noise {shown}")
     parser.add_argument("--filename", type=cli.name_inside(FOLDER), metavar="NAME",
                         help=f"writes {FOLDER}/NAME.png (default: the input's name)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, or of the noise {shown}")
-    parser.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
-                        help=f"cpu, cuda or cuda:N {shown}")
-    parser.add_argument("--dataset", type=cli.one_of(*data.DATASETS), metavar="NAME",
-                        help=f"{' or '.join(data.DATASETS)} (default: the one that the model was trained on)")
-    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
-                        help=f"where MNIST is, or is downloaded to once {shown}")
-    parser.add_argument("--hidden-size", type=cli.whole_number(1), metavar="D",
-                        help="size of a latent vector (default: read from the model's file)")
-    parser.add_argument("--k", type=cli.whole_number(1), metavar="K",
-                        help="number of codes (default: read from the model's file)")
     return parser
 
 
@@ -56,16 +45,13 @@ def decode_noise(model, shape, generator, device):
 
 
 def generate(args):
-    with cli.named("--model", args.model):
-        model, contents = checkpoint.load_model(args.model, args.device, args.hidden_size, args.k)
+    model, contents, path = cli.open_model(args)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     if args.input == "random":
         images = decode_noise(model, contents["dataset"]["shape"], generator, args.device)
     else:
-        dataset = args.dataset or contents["dataset"]["name"]
-        with cli.named(f"--dataset {dataset} --data-folder", args.data_folder):
-            _, test_set = data.load(dataset, args.data_folder)
-        with cli.named(f"--model {args.model} --dataset", dataset):
+        dataset, test_set = cli.open_test_set(args, contents)
+        with cli.named(f"--model {path} --dataset", dataset):
             images = reconstruct(model, test_set, generator, args.device)
 
     name = args.filename or args.input

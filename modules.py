@@ -100,11 +100,11 @@ def init_convolution(module):
 class VectorQuantizedVAE(nn.Module):
     """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
 
-    channels is 1 or 3; hidden_size is D; num_codes is K; codebook_init and restart_after are the
-    quantizer's. Raises ValueError for another number of channels, or a size below 1.
+    channels is 1 or 3; hidden_size is D; num_codes is K; **codebook holds the other arguments of
+    the VectorQuantizer. Raises ValueError for another number of channels, or a size below 1.
     """
 
-    def __init__(self, channels=1, hidden_size=40, num_codes=512, codebook_init="kmeans", restart_after=100):
+    def __init__(self, channels=1, hidden_size=40, num_codes=512, **codebook):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
@@ -112,7 +112,7 @@ class VectorQuantizedVAE(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are whole numbers from 1 on")
         self.channels = channels
         self.encoder = Encoder(channels, hidden_size)
-        self.quantizer = VectorQuantizer(num_codes, hidden_size, codebook_init, restart_after)
+        self.quantizer = VectorQuantizer(num_codes, hidden_size, **codebook)
         self.decoder = Decoder(channels, hidden_size)
         self.apply(init_convolution)
 

@@ -13,6 +13,11 @@ from torch import nn
 BLOCK_SCORES = 2**20        # latent-code scores held in memory at once: 4 MiB of float32
 REGISTER = 16               # float32 numbers in the widest register of a CPU
 KMEANS_ITERATIONS = 10
+EMA_DECAY = 0.99            # γ of appendix A.1
+LAPLACE = 1e-5              # ε of the smoothed cluster sizes
+
+CODEBOOK_UPDATES = ("gradient", "ema")
+CODEBOOK_INITS = ("kmeans", "uniform")
 
 
 class Quantized(NamedTuple):
@@ -99,28 +104,41 @@ def kmeans(latents, num_codes, iterations=KMEANS_ITERATIONS):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of K codes of size D, learned by the codebook loss (eq. 3) and kept alive.
+    """A codebook of K codes of size D, learned from the latents and kept alive.
 
-    codebook_init: `kmeans` places the codes on the latents of the first training batch, `uniform`
-    draws them from ±1/K. restart_after: a code that no latent chose for that many training steps
-    moves onto a random latent of the current batch; 0 means never. What the quantizer remembers
-    stands in buffers, so that a state_dict carries it. In evaluation mode nothing changes.
+    codebook_update: `gradient` learns it by the codebook loss (eq. 3), `ema` by exponential moving
+    averages of the latents that chose each code (appendix A.1). codebook_init: `kmeans` places the
+    codes on the latents of the first training batch, `uniform` draws them from ±1/K.
+    restart_after: a code that no latent chose for that many training steps moves onto a random
+    latent of the current batch; 0 means never. What the quantizer remembers stands in buffers, so
+    that a state_dict carries it. In evaluation mode nothing changes. Raises ValueError for another
+    codebook_update or codebook_init.
     """
 
-    def __init__(self, num_codes, dim, codebook_init="kmeans", restart_after=100):
+    def __init__(self, num_codes, dim, codebook_update="gradient", codebook_init="kmeans", restart_after=100):
         super().__init__()
-        if codebook_init not in ("kmeans", "uniform"):
-            raise ValueError(f"codebook_init is kmeans or uniform, not {codebook_init!r}")
+        if codebook_update not in CODEBOOK_UPDATES:
+            raise ValueError(f"codebook_update is {' or '.join(CODEBOOK_UPDATES)}, not {codebook_update!r}")
+        if codebook_init not in CODEBOOK_INITS:
+            raise ValueError(f"codebook_init is {' or '.join(CODEBOOK_INITS)}, not {codebook_init!r}")
         self.num_codes, self.dim, self.restart_after = num_codes, dim, restart_after
-        self.codebook = nn.Parameter(torch.empty(num_codes, dim).uniform_(-1 / num_codes, 1 / num_codes))
+        self.ema = codebook_update == "ema"
+        self.codebook = nn.Parameter(torch.empty(num_codes, dim).uniform_(-1 / num_codes, 1 / num_codes),
+                                     requires_grad=not self.ema)
         self.register_buffer("initialised", torch.tensor(codebook_init == "uniform"))
         self.register_buffer("steps_unused", torch.zeros(num_codes, dtype=torch.int64))
+        if self.ema:        # each code starts as the mean of one latent, which stands where it stands
+            self.register_buffer("cluster_sizes", torch.ones(num_codes))              # N_i
+            self.register_buffer("cluster_sums", self.codebook.detach().clone())      # m_i
+        # How many codes have moved in all. A figure to look at, no part of the state.
+        self.register_buffer("restarts", torch.zeros((), dtype=torch.int64), persistent=False)
         # Asking the buffer at every step would wait for the GPU each time.
         self._known_initialised = False
 
     def forward(self, z_e):
         """z_e (B, D, h, w) → Quantized. Worked shapes: (16, 40, 7, 7) → 784 vectors of size 40.
 
+        Output and losses are those of the codebook before this step's update and restarts.
         Raises ValueError if z_e is not (B, D, h, w).
         """
         if z_e.dim() != 4 or z_e.shape[1] != self.dim:
@@ -135,6 +153,8 @@ class VectorQuantizer(nn.Module):
         chosen = F.embedding(indices, self.codebook)                  # (N, D)
         codebook_loss = F.mse_loss(chosen, flat.detach())             # eq. 3, second term
         commitment_loss = F.mse_loss(flat, chosen.detach())           # eq. 3, third term / β
+        if self.training and self.ema:
+            self._move_averages(flat, indices)
         if self.training and self.restart_after:
             self._restart_unused(flat, indices)
 
@@ -155,9 +175,24 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _initialise(self, flat):
         if not self.initialised:
-            self.codebook.copy_(kmeans(flat, self.num_codes))
+            everyone = torch.ones_like(self.initialised).expand(self.num_codes)
+            self._place(everyone, kmeans(flat, self.num_codes))
             self.initialised.fill_(True)
         self._known_initialised = True
+
+    @torch.no_grad()
+    def _move_averages(self, flat, indices):
+        """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i."""
+        flat = flat.float()
+        ones = torch.ones_like(flat[:, 0])
+        sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
+        sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)
+        self.cluster_sizes.lerp_(sizes, 1 - EMA_DECAY)
+        self.cluster_sums.lerp_(sums, 1 - EMA_DECAY)
+        # Laplace smoothing keeps the size of a code that nothing chooses from reaching zero.
+        total = self.cluster_sizes.sum()
+        smoothed = (self.cluster_sizes + LAPLACE) / (total + self.num_codes * LAPLACE) * total
+        self.codebook.copy_(self.cluster_sums / smoothed.unsqueeze(1))
 
     @torch.no_grad()
     def _restart_unused(self, flat, indices):
@@ -166,8 +201,17 @@ class VectorQuantizer(nn.Module):
         unused = self.steps_unused >= self.restart_after              # (K,)
         # One candidate per code, needed or not: asking how many are would wait for the GPU.
         candidates = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
-        self.codebook.copy_(torch.where(unused.unsqueeze(1), candidates, self.codebook))
-        self.steps_unused.masked_fill_(unused, 0)
+        self._place(unused, candidates)
+        self.restarts += unused.sum()
+
+    def _place(self, which, codes):
+        """Move the codes that the mask `which` (K,) names, and forget what was known of them."""
+        rows = which.unsqueeze(1)                                     # (K, 1)
+        self.codebook.copy_(torch.where(rows, codes, self.codebook))
+        self.steps_unused.masked_fill_(which, 0)
+        if self.ema:
+            self.cluster_sizes.masked_fill_(which, 1)
+            self.cluster_sums.copy_(torch.where(rows, self.codebook, self.cluster_sums))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

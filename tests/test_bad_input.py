@@ -46,20 +46,23 @@ WRONG += [("VQ-VAE.py", flag, value) for flag in ("--num-workers", "--restart-af
           for value in ("-1", "1.5", "none")]
 WRONG += [("VQ-VAE.py", "--lr", value) for value in ("0", "-1e-3", "fast", "nan", "inf")]
 WRONG += [("VQ-VAE.py", "--beta", value) for value in ("-0.1", "β", "nan", "inf")]
-WRONG += [("VQ-VAE.py", "--codebook-init", "random"), ("VQ-VAE.py", "--dataset", "ImageNet")]
+WRONG += [("VQ-VAE.py", "--codebook-init", "random"), ("VQ-VAE.py", "--codebook-update", "adam"),
+          ("VQ-VAE.py", "--lr-schedule", "step"), ("VQ-VAE.py", "--dataset", "ImageNet")]
 WRONG += [("VQ-VAE.py", "--output-folder", value)
           for value in ("../elsewhere", "/tmp/elsewhere", "a/../../elsewhere", "", ".", "two\nlines")]
-WRONG += [("generate.py", flag, value) for flag in ("--hidden-size", "--k") for value in WHOLE]
-WRONG += [("generate.py", "--input", "noise"), ("generate.py", "--dataset", "ImageNet")]
+WRONG += [(script, flag, value) for script in ("generate.py", "evaluate.py") for flag in ("--hidden-size", "--k")
+          for value in WHOLE]
+WRONG += [("generate.py", "--input", "noise"), ("generate.py", "--dataset", "ImageNet"),
+          ("evaluate.py", "--dataset", "ImageNet")]
 WRONG += [("generate.py", "--seed", "-1")]
 WRONG += [("generate.py", "--filename", value) for value in ("../elsewhere", "/tmp/elsewhere", "")]
-WRONG += [(script, "--device", value) for script in ("VQ-VAE.py", "generate.py")
+WRONG += [(script, "--device", value) for script in ("VQ-VAE.py", "generate.py", "evaluate.py")
           for value in ("gpu", "cuda:x", "cuda:", "cpu:3")]
 
 
 @pytest.mark.parametrize("script, flag, value", WRONG)
 def test_a_wrong_value_is_named_with_its_flag(script, flag, value, folder, capsys):
-    arguments = [f"{flag}={value}"] + (["--model", "x"] if script == "generate.py" else list(BUNDLED))
+    arguments = [f"{flag}={value}"] + (list(BUNDLED) if script == "VQ-VAE.py" else ["--model", "x"])
     if flag == "--dataset":
         arguments = arguments[:-2] + arguments[:1]
     line = refuse(script, arguments, capsys)
@@ -80,7 +83,7 @@ def test_cuda_without_a_gpu_says_what_to_do(script, folder, capsys):
 def test_unknown_and_missing_flags_are_refused(folder, capsys):
     assert "--epochs" in refuse("VQ-VAE.py", ["--epochs", "3"], capsys)
     assert "--batch" in refuse("VQ-VAE.py", ["--batch", "3"], capsys)           # no guessing at shortened flags
-    assert "--model" in refuse("generate.py", [], capsys)
+    assert "--models" in refuse("generate.py", ["--models", "x"], capsys)
     assert snapshot(folder) == {}
 
 

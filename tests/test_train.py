@@ -16,13 +16,16 @@ import torchvision
 from conftest import TRAINING
 from helpers import bundled_digits, events, import_script, run_script, snapshot
 from PIL import Image
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import data
 from metrics import evaluate, perplexity
 
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
+FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used"}
 STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256
+LOGGED = [10, 20, 30, 36, 46, 56, 66, 72]
 
 
 def track(folder):
@@ -49,11 +52,13 @@ def test_event_file_holds_every_tag(trained):
     run = events(trained / "logs" / "run")
     tags = run.Tags()
     expected = {f"loss/{split}/{name}" for split in ("train", "test") for name in LOSSES}
-    assert set(tags["scalars"]) == expected | {"codebook/perplexity", "codebook/used"}
+    assert set(tags["scalars"]) == expected | FINAL | {
+        "lr", "codebook/perplexity", "codebook/used", "codebook/train/perplexity", "codebook/train/used",
+        "codebook/restarts"}
     assert set(tags["images"]) == {"images/original", "images/reconstruction"}
     assert tags["histograms"] == ["codebook/use"] and tags["graph"]
     for name in LOSSES:
-        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == list(range(1, STEPS + 1))
+        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED
         assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [1, 2]
     assert [event.step for event in run.Images("images/original")] == [0]
     assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
@@ -74,7 +79,7 @@ def test_tensorboard_serves_every_tag_over_http(trained):
                 with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
                         f"{address}data/plugin/{plugin}/tags") as answer:
                     served = json.load(answer)
-                if len(served.get("run", ())) == len(expected[plugin]):
+                if set(served.get("run", ())) == set(expected[plugin]):
                     break
                 time.sleep(0.2)
             assert set(served["run"]) == set(expected[plugin]), plugin
@@ -90,7 +95,7 @@ def test_losses_in_the_event_file_add_up_and_fall(trained):
         parts = [np.array([event.value for event in run.Scalars(f"loss/{split}/{name}")]) for name in LOSSES]
         assert np.allclose(parts[0] + parts[1] + parts[2], parts[3], rtol=1e-5)          # β is 1
     train = [event.value for event in run.Scalars("loss/train/reconstruction")]
-    assert np.mean(train[-10:]) < np.mean(train[:10]) / 4
+    assert train[-1] < train[0] / 4
 
 
 def test_track_agrees_with_the_event_file(trained):
@@ -100,11 +105,86 @@ def test_track_agrees_with_the_event_file(trained):
              "test_commit": "loss/test/commitment", "perplexity": "codebook/perplexity", "used": "codebook/used"}
     for column, tag in pairs.items():
         assert np.allclose(columns[column], [event.value for event in run.Scalars(tag)], rtol=1e-2), column
-    # The mean over an epoch weighs its batches by their images: 35 of 256 and one of 40.
-    weights = np.array([256] * 35 + [40])
+    assert columns["restarts"] == [event.value for event in run.Scalars("codebook/restarts")]
+    assert columns["restarts"][0] > 0
+    # A point is the mean of ten steps, the last of six; an epoch's mean weighs images, so that its last batch
+    # of 40 counts less than in a mean over steps.
     for column, name in (("train_recon", "reconstruction"), ("train_commit", "commitment")):
-        values = np.array([event.value for event in run.Scalars(f"loss/train/{name}")]).reshape(2, 36)
-        assert np.allclose(columns[column], values @ weights / 9000, rtol=1e-3)
+        values = np.array([event.value for event in run.Scalars(f"loss/train/{name}")]).reshape(2, 4)
+        assert np.allclose(columns[column], values @ [10, 10, 10, 6] / 36, rtol=0.03)
+
+
+@pytest.mark.parametrize("name, steps, by_hand", [
+    ("constant", 100, lambda i: 1.0), ("cosine", 100, lambda i: (1 + np.cos(np.pi * i / 100)) / 2),
+    ("onecycle", 100, lambda i: 1 / 25 + (1 - 1 / 25) * (1 - np.cos(np.pi * i / 29)) / 2 if i <= 29
+        else 1 / 25e4 + (1 - 1 / 25e4) * (1 + np.cos(np.pi * (i - 29) / 70)) / 2),
+    ("onecycle", 1, lambda i: 1 / 25e4), ("cosine", 1, lambda i: 1.0)])
+def test_schedules_follow_their_formulas_to_the_last_step(name, steps, by_hand):
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = import_script("VQ-VAE.py").SCHEDULES[name](optimizer, steps)
+    for i in range(steps):
+        assert schedule.get_last_lr()[0] / 2 == pytest.approx(by_hand(i), rel=1e-4), i
+        optimizer.step()
+        schedule.step()
+
+
+def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
+    done = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 500, "--num-epochs", 2, "--hidden-size", 8,
+                      "--k", 16, "--lr", 1e-3, "--lr-schedule", "cosine", "--codebook-update", "ema", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logged = {event.step: event.value for event in events(tmp_path / "logs" / "vqvae").Scalars("lr")}
+    for step, value in logged.items():
+        assert value == pytest.approx(1e-3 * (1 + np.cos(np.pi * (step - 1) / 36)) / 2, rel=1e-4)
+    last = checkpoint.load(tmp_path / "models" / "vqvae" / "last.pt")
+    assert last["training"]["schedule"]["last_epoch"] == 36 and last["config"]["codebook_update"] == "ema"
+    assert (last["model"]["quantizer.cluster_sizes"] > 0).all()
+    model, _ = checkpoint.load_model(tmp_path / "models" / "vqvae" / "best.pt")
+    assert model.quantizer.ema
+
+
+def test_use_of_the_codes_in_training_is_counted_over_the_epoch(trained):
+    run, columns = events(trained / "logs" / "run"), track(trained)
+    used = [event.value for event in run.Scalars("codebook/train/used")]
+    spread = [event.value for event in run.Scalars("codebook/train/perplexity")]
+    assert all(0 < p <= u <= 512 for p, u in zip(spread, used))
+    assert used[0] >= columns["used"][0] and spread[0] != columns["perplexity"][0]
+
+
+def test_projector_shows_each_code_with_its_use_and_its_picture(trained):
+    logs = trained / "logs" / "run"
+    config = (logs / "projector_config.pbtxt").read_text()
+    for name in ("tensors.tsv", "metadata.tsv", "sprite.png"):
+        assert f'"00002/codebook/{name}"' in config
+    model, _ = checkpoint.load_model(trained / "models" / "run" / "model_2.pt")
+    codebook = np.loadtxt(logs / "00002" / "codebook" / "tensors.tsv")
+    assert np.allclose(codebook, model.quantizer.codebook.detach(), rtol=1e-5)
+
+    header, *rows = (logs / "00002" / "codebook" / "metadata.tsv").read_text().splitlines()
+    assert header == "code\tused"
+    numbers, uses = np.array([[int(cell) for cell in row.split("\t")] for row in rows]).T
+    assert numbers.tolist() == list(range(512)) and uses.sum() == 1000 * 49
+    assert np.allclose(uses, events(logs).Histograms("codebook/use")[-1].histogram_value.bucket)
+
+    sprite = np.array(Image.open(logs / "00002" / "codebook" / "sprite.png").convert("L")).astype(int)
+    assert sprite.shape == (23 * 28, 23 * 28)                       # 23² is the first square from 512 on
+    for k in (0, 22, 23, 511):
+        with torch.no_grad():
+            picture = model.decode(torch.full((1, 7, 7), k))[0, 0].add(1).mul(127.5).numpy()
+        row, column = divmod(k, 23)
+        assert np.abs(sprite[28 * row:28 * row + 28, 28 * column:28 * column + 28] - picture).max() <= 1.01
+
+
+def test_hparams_hold_the_settings_and_the_final_figures(trained):
+    run, columns = events(trained / "logs" / "run"), track(trained)
+    contents = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = {name: getattr(value, value.WhichOneof("kind")) for name, value
+                in HParamsPluginData.FromString(contents).session_start_info.hparams.items()}
+    assert settings["lr"] == 2e-3 and settings["dataset"] == "MNIST-10k" and settings["codebook_update"] == "gradient"
+    assert not {"data_folder", "output_folder"} & set(settings)
+    final = {tag: run.Scalars(tag)[0].value for tag in FINAL}
+    assert final["final/mse"] == pytest.approx(columns["test_recon"][-1], abs=1e-5)
+    assert final["final/perplexity"] == pytest.approx(columns["perplexity"][-1], abs=0.1)
+    assert final["final/used"] == columns["used"][-1]
 
 
 def test_pictures_in_the_event_file_are_the_test_digits(trained):
@@ -136,7 +216,7 @@ def test_checkpoints_give_the_figures_of_the_track(trained):
     best = int(np.argmin(columns["test_recon"])) + 1
     assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
     last = checkpoint.load(folder / "last.pt")
-    assert set(last["training"]) == {"optimizer", "random"}
+    assert set(last["training"]) == {"optimizer", "schedule", "random"}
     assert all(torch.equal(last["model"][name], value) for name, value in model.state_dict().items())
 
 
@@ -165,7 +245,8 @@ def test_a_finished_run_is_touched_with_overwrite_alone(trained, tmp_path):
     assert again.returncode == 0, again.stderr
     assert {path.name for path in (tmp_path / "models" / "run").iterdir()} == {
         "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", "notes.txt"}
-    assert len(list((tmp_path / "logs" / "run").iterdir())) == 1
+    assert [path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()] == ["00001"]
+    assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
     assert track(tmp_path)["epoch"] == [1]
     one, two = (checkpoint.load(folder / "models" / "run" / "model_1.pt")["model"] for folder in (trained, tmp_path))
     assert not torch.equal(one["encoder.0.weight"], two["encoder.0.weight"])
@@ -178,11 +259,11 @@ def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp
     assert done.returncode == 0, done.stderr
     contents = checkpoint.load(tmp_path / "models" / "a" / "b" / "best.pt")
     assert contents["dataset"] == {"name": "MNIST", "shape": [1, 28, 28]}
-    assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32,
+    assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32, "codebook_update": "gradient",
                                   "codebook_init": "uniform", "restart_after": 100}
     assert contents["step"] == 6
     run = events(tmp_path / "logs" / "a" / "b")
-    parts = {name: run.Scalars(f"loss/train/{name}")[3].value for name in LOSSES}
+    parts = {name: run.Scalars(f"loss/train/{name}")[0].value for name in LOSSES}
     assert parts["total"] == pytest.approx(parts["reconstruction"] + parts["codebook"] + 0.5 * parts["commitment"])
 
 
@@ -195,6 +276,6 @@ def test_losses_that_are_no_longer_finite_stop_the_run_in_one_line(tmp_path):
 
 def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("VQ-VAE.py", "generate.py"):
-        assert import_script(name).get_parser().parse_args(["--model", "x"] if name == "generate.py" else [])
+    for name in ("VQ-VAE.py", "generate.py", "evaluate.py"):
+        assert import_script(name).get_parser().parse_args([])
     assert not list(tmp_path.iterdir())
