@@ -59,6 +59,8 @@ def table(measured):
 def measure(args):
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: is a folder, give the name of a file")
     model, contents, path = cli.open_model(args)
     dataset, test_set = cli.open_test_set(args, contents)
     with cli.named(f"--model {path} --dataset", dataset):

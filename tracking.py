@@ -18,6 +18,7 @@ TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
 EMBEDDING = "codebook"          # the projector's tag, and the name of its folders
 DECODED_AT_ONCE = 512           # codes
+SHOWN_IN_A_ROW, IMAGE_PADDING = 8, 2        # of the grids of images, the padding in pixels
 
 
 def remove_logs(folder):
@@ -71,17 +72,22 @@ def log_epoch(writer, epoch, tested, test_counts, train_counts, restarts):
                              global_step=epoch)
 
 
+def grid(images):
+    """Images (B, C, H, W) in [-1, 1] as one picture in [0, 1]."""
+    return make_grid(to_unit_range(images), nrow=SHOWN_IN_A_ROW, padding=IMAGE_PADDING)
+
+
 @torch.no_grad()
 def log_images(writer, model, images, epoch):
     """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too."""
     model.eval()
     if epoch == 0:
-        writer.add_image("images/original", make_grid(to_unit_range(images)), 0)
+        writer.add_image("images/original", grid(images), 0)
         with warnings.catch_warnings():     # its tracer warns of every shape that Python looks at
             warnings.simplefilter("ignore")
             writer.add_graph(model, images[:1])
     reconstruction = model(images).reconstruction
-    writer.add_image("images/reconstruction", make_grid(to_unit_range(reconstruction)), epoch)
+    writer.add_image("images/reconstruction", grid(reconstruction), epoch)
 
 
 @torch.no_grad()
