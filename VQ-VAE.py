@@ -57,7 +57,7 @@ def get_parser():
                        help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
     group.add_argument("--codebook-init", type=cli.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
-    group.add_argument("--restart-after", type=cli.whole_number(0), default=100, metavar="STEPS",
+    group.add_argument("--restart-after", type=cli.whole_number(0), default=20, metavar="STEPS",
                        help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
 
     group = parser.add_argument_group("training")

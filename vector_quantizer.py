@@ -115,7 +115,7 @@ class VectorQuantizer(nn.Module):
     codebook_update or codebook_init.
     """
 
-    def __init__(self, num_codes, dim, codebook_update="gradient", codebook_init="kmeans", restart_after=100):
+    def __init__(self, num_codes, dim, codebook_update="gradient", codebook_init="kmeans", restart_after=20):
         super().__init__()
         if codebook_update not in CODEBOOK_UPDATES:
             raise ValueError(f"codebook_update is {' or '.join(CODEBOOK_UPDATES)}, not {codebook_update!r}")

@@ -3,7 +3,7 @@ from helpers import run_script, write_mnist
 
 # Large batches: few steps, since the tests want a finished run rather than a good one.
 TRAINING = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "256", "--lr", "2e-3",
-            "--restart-after", "20", "--output-folder", "run")
+            "--output-folder", "run")
 
 
 @pytest.fixture(scope="session")

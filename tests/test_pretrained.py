@@ -1,0 +1,77 @@
+"""The shipped model, its record, and the scripts that use it when no --model is given."""
+
+import hashlib
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from helpers import ROOT, events, run_script
+from PIL import Image
+
+import checkpoint
+
+RECORD = (ROOT / "model.txt").read_text()
+TRACK = (ROOT / "Training track for VQ-VAE.txt").read_text()
+LOGS = ROOT / "logs_VQ-VAE"
+
+
+def figure(name):
+    return float(re.search(rf"^ +{name} +([\d.]+)", RECORD, flags=re.MULTILINE)[1])
+
+
+def test_file_is_the_one_that_model_txt_names():
+    path = ROOT / re.search(r"pretrained/\S+\.pt", RECORD)[0]
+    assert path == checkpoint.PRETRAINED and path.stat().st_size < 1_000_000
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
+    contents = checkpoint.load(path)
+    assert "training" not in contents and contents["dataset"] == {"name": "MNIST", "shape": [1, 28, 28]}
+    assert contents["config"]["hidden_size"] == 40 and contents["config"]["num_codes"] == 512
+
+
+def test_file_record_track_and_logs_tell_the_same_figures():
+    contents = checkpoint.load(checkpoint.PRETRAINED)
+    header, *lines = TRACK.splitlines()
+    rows = [dict(zip(header.split(), map(float, line.split()))) for line in lines]
+    best = min(rows, key=lambda row: row["test_recon"])
+    assert best["epoch"] == contents["epoch"] and best["step"] == contents["step"]
+    assert best["test_recon"] == pytest.approx(contents["test"]["reconstruction"], abs=1e-5)
+    assert best["test_recon"] <= 0.007 and best["perplexity"] >= 350 and best["used"] >= 508
+    assert figure("test MSE") == pytest.approx(best["test_recon"], abs=5e-5)
+    assert figure("perplexity") == pytest.approx(best["perplexity"], abs=0.5)
+    assert figure("codes used") == best["used"]
+
+    run = events(LOGS / "recommended")
+    for column, tag in (("test_recon", "loss/test/reconstruction"), ("perplexity", "codebook/perplexity"),
+                        ("used", "codebook/used"), ("restarts", "codebook/restarts")):
+        assert np.allclose([event.value for event in run.Scalars(tag)], [row[column] for row in rows], rtol=1e-2)
+    counts = np.array(run.Histograms("codebook/use")[-1].histogram_value.bucket)
+    assert counts.sum() == pytest.approx(10_000 * 49, rel=1e-4)
+    assert (counts > 0).sum() == rows[-1]["used"]
+
+
+def test_scripts_use_it_without_model_and_say_so(tmp_path):
+    for script, arguments in (("generate.py", ["--input", "random"]), ("generate.py", ["--dataset", "MNIST-10k"]),
+                              ("evaluate.py", ["--dataset", "MNIST-10k"])):
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "pretrained/vqvae.pt" in done.stderr
+    assert {path.name for path in (tmp_path / "generatedImages").iterdir()} == {"MNIST.png", "random.png"}
+    grid = np.array(Image.open(tmp_path / "generatedImages" / "MNIST.png").convert("L"))
+    assert np.median(grid) < 10 and grid.max() > 240                               # white digits on black
+    mse = float(re.search(r"test MSE +([\d.]+)", done.stdout)[1])
+    assert mse < 0.007                              # these digits are among those that it was trained on
+
+
+def test_sizes_that_are_not_its_own_are_refused(tmp_path):
+    done = run_script("generate.py", "--input", "random", "--k", 100, cwd=tmp_path)
+    assert done.returncode == 2 and "--k 100" in done.stderr and "--k 512" in done.stderr
+    assert "pretrained/vqvae.pt" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_repository_stays_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this copy of the repository is no clone")
+    sizes = [(ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name]
+    assert sum(sizes) < 25_000_000
