@@ -149,8 +149,9 @@ def train_one_epoch(model, batches, optimizer, schedule, args, writer, step, bar
     → the step after it, the mean Losses, and counts (K,) of the codes' use on the way.
     """
     model.train()
-    waiting, sums, images_seen = [], 0, 0
-    counts = torch.zeros(args.k, dtype=torch.int64, device=args.device)
+    waiting, chosen, sums, images_seen = [], [], 0, 0
+    counts = torch.zeros(args.k, dtype=torch.int64)
+    last_step = step + len(batches)
     for images, _ in batches:
         x = data.to_model_range(images, args.device).contiguous(memory_format=torch.channels_last)    # (B, C, H, W)
         output = model(x)
@@ -165,16 +166,15 @@ def train_one_epoch(model, batches, optimizer, schedule, args, writer, step, bar
         waiting.append(torch.stack(losses).detach())                  # (4,), still on the device
         sums = sums + waiting[-1].double() * len(x)
         images_seen += len(x)
-        indices = output.indices.flatten()
-        counts.index_add_(0, indices, torch.ones_like(indices))       # bincount would wait for the GPU
+        chosen.append(output.indices.flatten())                       # (B·h·w,)
         bar.update(len(x))
-        if len(waiting) == LOG_EVERY:
-            mean, waiting = tracking.mean_losses(waiting), []
+        if len(waiting) == LOG_EVERY or step == last_step:            # here alone the device is waited for
+            counts += torch.bincount(torch.cat(chosen), minlength=args.k).cpu()
+            mean = tracking.mean_losses(waiting)
             tracking.log_steps(writer, step, mean, lr)
             bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
-    if waiting:
-        tracking.log_steps(writer, step, tracking.mean_losses(waiting), lr)
-    return step, Losses(*(sums / images_seen).tolist()), counts.cpu()
+            waiting, chosen = [], []
+    return step, Losses(*(sums / images_seen).tolist()), counts
 
 
 def train(args):

@@ -121,5 +121,7 @@ def _from_state_dict(state):
         raise ValueError("the file holds tensors, but not those of a VQ-VAE")
     hidden_size, channels = state["encoder.0.weight"].shape[:2]
     config = {"channels": channels, "hidden_size": hidden_size, "num_codes": len(state["quantizer.codebook"])}
+    if "quantizer.cluster_sizes" in state:
+        config["codebook_update"] = "ema"
     return {"format": FORMAT, "kind": "vqvae", "config": config, "model": state,
             "dataset": {"name": "MNIST", "shape": [channels, 28, 28]}}

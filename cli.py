@@ -57,7 +57,7 @@ def named(flag, value):
 def add_model_arguments(parser):
     """The flags of every script that takes a trained model."""
     shown = "(default: %(default)s)"
-    parser.add_argument("--model", metavar="PATH",
+    parser.add_argument("--model", type=file_name, metavar="PATH",
                         help="checkpoint of VQ-VAE.py, or a state_dict of the published network "
                              "(default: the shipped model, pretrained/vqvae.pt)")
     parser.add_argument("--device", type=device, default="cpu", metavar="NAME",
@@ -74,12 +74,13 @@ def add_model_arguments(parser):
 
 def open_model(args):
     """The model that the arguments name, else the shipped one. → model, its checkpoint, its path."""
-    path = args.model
-    if path is None:
-        path = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
-        print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
+    shipped = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
+    path = args.model or shipped
     with named("--model", path):
-        return *checkpoint.load_model(path, args.device, args.hidden_size, args.k), path
+        model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
+    if not args.model:
+        print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
+    return model, contents, path
 
 
 def open_test_set(args, contents):
@@ -138,6 +139,13 @@ def name_inside(folder):
                                              "give one without a leading / and without ..")
         return str(path)
     return convert
+
+
+def file_name(text):
+    """A type for paths of files: anything but nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the path of a file")
+    return text
 
 
 def device(text):

@@ -5,6 +5,7 @@ Without --model it measures the shipped one.
 
 import json
 import math
+import os
 from pathlib import Path
 
 import checkpoint
@@ -26,17 +27,20 @@ def get_parser():
 def figures(model, test_set, device):
     """What the model is worth on Images, as a plain dictionary.
 
-    mse is on the [-1, 1] scale; psnr (dB) belongs to it, with a peak-to-peak range of 2. A pixel
-    has one byte for each of its C channels, and bits_per_pixel is counted for each such byte:
-    log2 K bits for each of the h·w codes, over C·H·W.
+    mse is on the [-1, 1] scale; psnr (dB) belongs to it, with a range of 2 from black to white.
+    bits_per_pixel: the h·w codes of log2 K bits each, over the C·H·W bytes of the image.
+    Raises ValueError if a loss is no finite number.
     """
     losses, counts = evaluate(model, data.batches(test_set, BATCH_SIZE), device)
+    if not math.isfinite(losses.total):
+        raise ValueError(f"the model's losses are no finite numbers: {losses.reconstruction} in the "
+                         f"reconstructions, {losses.codebook} in the codes")
     K, (C, H, W) = model.quantizer.num_codes, test_set.images.shape[1:]
     h, w = H // 4, W // 4
     return {
         "images": len(test_set),
         "mse": losses.reconstruction,
-        "psnr": 10 * math.log10(2**2 / losses.reconstruction) if losses.reconstruction else math.inf,
+        "psnr": 10 * math.log10(2**2 / losses.reconstruction) if losses.reconstruction else None,
         "codebook_loss": losses.codebook,
         "perplexity": perplexity(counts),
         "codes_used": int((counts > 0).sum()),
@@ -47,31 +51,49 @@ def figures(model, test_set, device):
 
 def table(measured):
     """The figures as lines for a reader, each with its unit."""
+    psnr = "perfect" if measured["psnr"] is None else f"{measured['psnr']:.2f}"
     rows = [("test MSE", f"{measured['mse']:.5f}", "per pixel, on the [-1, 1] scale"),
-            ("PSNR", f"{measured['psnr']:.2f}", "dB, of that MSE"),
-            ("codebook loss", f"{measured['codebook_loss']:.5f}", "per element of a latent, ‖z_e − e‖²"),
+            ("PSNR", psnr, "dB, of that MSE"),
+            ("codebook loss", f"{measured['codebook_loss']:.5f}", "squared distance from latent to code, per element"),
             ("perplexity", f"{measured['perplexity']:.1f}", f"of at most {measured['codes']}"),
             ("codes used", f"{measured['codes_used']}", f"of {measured['codes']}"),
             ("bits per pixel", f"{measured['bits_per_pixel']:.4f}", "of the codes; 8 in the images")]
     return "\n".join(f"{name:<16}{value:>10}  {unit}" for name, value, unit in rows)
 
 
+def check_json(path, model):
+    """Raise ValueError if the file could not be written, or is the model's own. Touches nothing."""
+    existing = path if path.exists() else path.parent
+    if not existing.exists():
+        raise ValueError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError("is a folder, give the name of a file")
+    if path.exists() and Path(model).exists() and path.samefile(model):
+        raise ValueError("is the model's own file, give another name")
+    if not os.access(existing, os.W_OK):
+        raise ValueError("no permission to write there")
+
+
+def write_json(path, contents):
+    text = json.dumps(contents, indent=2, allow_nan=False) + "\n"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text)           # a link, a pipe, /dev/stdout: what it leads to gets the text
+    else:
+        checkpoint.write_whole(path, text.encode())
+
+
 def measure(args):
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"--json {args.json}: is a folder, give the name of a file")
+    if args.json:
+        with cli.named("--json", args.json):
+            check_json(args.json, args.model or checkpoint.PRETRAINED)
     model, contents, path = cli.open_model(args)
     dataset, test_set = cli.open_test_set(args, contents)
     with cli.named(f"--model {path} --dataset", dataset):
         measured = figures(model, test_set, args.device)
-        if not math.isfinite(measured["mse"]):
-            raise ValueError("the model's reconstructions are no finite numbers")
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}")
     if args.json:
-        contents = {"model": str(path), "dataset": dataset, **measured}
         with cli.named("--json", args.json):
-            checkpoint.write_whole(args.json, json.dumps(contents, indent=2).encode() + b"\n")
+            write_json(args.json, {"model": str(path), "dataset": dataset, **measured})
         print(f"{'as JSON':<16}{args.json}")
 
 

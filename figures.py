@@ -39,12 +39,12 @@ def get_parser():
 # ---------------------------------------------------------------- reading the logs
 
 def read_logs(flag, path):
-    """The events of a run. Raises ValueError, naming the flag, if the folder holds none."""
+    """The events of a run. Raises ValueError, naming the flag, if the folder holds none of a whole epoch."""
     if path.is_dir():
         events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
-        if "images/reconstruction" in events.Tags()["images"]:
+        if "codebook/use" in events.Tags()["histograms"]:           # the last thing logged in an epoch, but images
             return events
-    raise ValueError(f"{flag} {path}: there are no logs of a run of VQ-VAE.py")
+    raise ValueError(f"{flag} {path}: there are no logs of a run of VQ-VAE.py, or it has no whole epoch yet")
 
 
 def scalars(events, tag):
@@ -100,7 +100,9 @@ def draw_losses(events):
     """The losses by epoch: training as it went, and test."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     panels = figure.subplots(1, 2)
-    steps_per_epoch = scalars(events, "loss/train/total")[0, -1] / scalars(events, "loss/test/total")[0, -1]
+    last = events.Scalars("loss/test/total")[-1]            # a run that was broken off has training steps after it
+    steps_per_epoch = max(event.step for event in events.Scalars("loss/train/total")
+                          if event.wall_time <= last.wall_time) / last.step
     for panel, name, title in ((panels[0], "reconstruction", "reconstruction loss"),
                                (panels[1], "codebook", "codebook loss, in value also the commitment loss / β")):
         steps, values = scalars(events, f"loss/train/{name}")
@@ -131,13 +133,14 @@ def draw_code_use(published, ours):
 
 def draw(args):
     run, published, ours = (read_logs(f"--{name}", getattr(args, name)) for name in ("run", "published", "ours"))
+    still, (first, *others) = digits_by_epoch(run), digits_as_frames(run)
+    losses, use = draw_losses(run), draw_code_use(published, ours)
     with cli.named("--folder", args.folder):
         args.folder.mkdir(parents=True, exist_ok=True)
-        digits_by_epoch(run).save(args.folder / "digits-by-epoch.png", optimize=True)
-        first, *others = digits_as_frames(run)
+        still.save(args.folder / "digits-by-epoch.png", optimize=True)
         first.save(args.folder / "digits-by-epoch.gif", save_all=True, append_images=others, duration=FRAME_MS, loop=0)
-        draw_losses(run).savefig(args.folder / "losses.png")
-        draw_code_use(published, ours).savefig(args.folder / "code-use.png")
+        losses.savefig(args.folder / "losses.png")
+        use.savefig(args.folder / "code-use.png")
     for name in ("digits-by-epoch.png", "digits-by-epoch.gif", "losses.png", "code-use.png"):
         print(args.folder / name)
 

@@ -183,7 +183,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _move_averages(self, flat, indices):
         """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i."""
-        flat = flat.float()
+        flat = flat.to(self.cluster_sums.dtype)     # that of the codebook, under autocast too
         ones = torch.ones_like(flat[:, 0])
         sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
         sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)

@@ -3,11 +3,14 @@
 import gzip
 import hashlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +20,16 @@ def run_script(name, *arguments, cwd):
     """Run a script of the repository in a process of its own, in the folder cwd."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)],
                           cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_without_privileges(script, *arguments, cwd):
+    """Run a script so that the modes of folders bind it, even when the tests are run by root."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may write everywhere, and there is no setpriv to give that up")
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def import_script(name):

@@ -3,12 +3,11 @@
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, import_script, run_script, snapshot, write_mnist
+from helpers import import_script, run_script, run_without_privileges, snapshot, write_mnist
 
 BUNDLED = ("--dataset", "MNIST-10k")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
@@ -168,16 +167,6 @@ def test_an_output_folder_that_is_a_file(folder, model, capsys):
     assert "--filename x: generatedImages" in refuse(
         "generate.py", ["--model", model, "--input", "random", "--filename", "x"], capsys)
     assert snapshot(folder) == before
-
-
-def run_without_privileges(script, *arguments, cwd):
-    """Run a script so that the modes of folders bind it, even when the tests are run by root."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root may write everywhere, and there is no setpriv to give that up")
-        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("script, locked, arguments", [

@@ -8,6 +8,7 @@ from helpers import snapshot
 
 import checkpoint
 from testers import images, trained_model
+from vector_quantizer import CODEBOOK_UPDATES
 
 
 def contents_of(model):
@@ -28,9 +29,10 @@ def test_a_model_comes_back_from_its_file_alone(tmp_path):
     assert torch.equal(restored(x).reconstruction, model(x).reconstruction)
 
 
+@pytest.mark.parametrize("update", CODEBOOK_UPDATES)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_a_bare_state_dict_of_this_model_loads_too(tmp_path, prefix):
-    model = trained_model("cpu").eval()
+def test_a_bare_state_dict_of_this_model_loads_too(tmp_path, prefix, update):
+    model = trained_model("cpu", codebook_update=update).eval()
     torch.save({prefix + name: value for name, value in model.state_dict().items()}, tmp_path / "state.pt")
     restored, _ = checkpoint.load_model(tmp_path / "state.pt", hidden_size=8, num_codes=16)
     x = images(3)

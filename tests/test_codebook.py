@@ -14,7 +14,9 @@ UPDATES = pytest.mark.parametrize("update", CODEBOOK_UPDATES)
 @pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
 def device(request):
     torch.manual_seed(0)
-    return request.param
+    torch.use_deterministic_algorithms(True, warn_only=True)        # sums on a GPU, to be compared bit by bit
+    yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 def latents_of(z_e):
@@ -85,6 +87,19 @@ def test_ema_moves_codes_onto_the_means_of_their_latents(device):
     for _ in range(600):
         quantizer(z_e)
     assert torch.allclose(quantizer.codebook, corners, atol=0.02)
+
+
+@UPDATES
+def test_codebook_learns_in_float64_and_under_autocast_too(update, device):
+    z_e = torch.randn(2, 3, 4, 4, device=device)
+    for dtype, autocast in ((torch.float64, False), (torch.float32, True)):
+        quantizer = VectorQuantizer(8, 3, update).to(device, dtype)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            step(quantizer, z_e.to(dtype), optimizer_of(quantizer))
+            before = quantizer.codebook.detach().clone()
+            out = step(quantizer, z_e.to(dtype) + 0.1, optimizer_of(quantizer))
+        assert out.z_q.dtype == quantizer.codebook.dtype == dtype
+        assert torch.isfinite(quantizer.codebook).all() and not torch.equal(quantizer.codebook, before)
 
 
 @UPDATES

@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, import_script, run_script, snapshot
+from helpers import bundled_digits, import_script, run_script, run_without_privileges, snapshot
 
 import checkpoint
 
@@ -62,27 +63,52 @@ def test_another_data_set_may_be_measured(trained, mnist_folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def refuse(arguments, capsys):
+    """Run main() on arguments that it must refuse before it has measured anything. → its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        import_script("evaluate.py").main(list(map(str, arguments)))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    return said.err
+
+
 def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "old.json").write_text("mine")
+    shutil.copy(trained / "models" / "run" / "best.pt", "model.pt")
     before = snapshot(tmp_path)
-    model = str(trained / "models" / "run" / "best.pt")
-    for arguments, words in ((["--json", "no/x.json", "--model", model], "--json no/x.json: there is no folder no"),
-                             (["--json", "folder.json", "--model", model], "--json folder.json: is a folder"),
-                             (["--json", "old.json", "--model", "missing.pt"], "--model missing.pt")):
-        with pytest.raises(SystemExit) as stopped:
-            import_script("evaluate.py").main(arguments)
-        said = capsys.readouterr()
-        assert stopped.value.code == 2 and said.out == "" and words in said.err and said.err.count("\n") == 1
+    for name, words in (("no/x.json", "there is no folder no"), ("folder.json", "is a folder"),
+                        ("model.pt", "is the model's own file")):
+        assert f"--json {name}: {words}" in refuse(["--model", "model.pt", "--json", name], capsys)
+    assert "--model missing.pt" in refuse(["--model", "missing.pt", "--json", "old.json"], capsys)
     assert snapshot(tmp_path) == before
 
 
-def test_weights_that_give_no_numbers_are_named(trained, tmp_path, monkeypatch, capsys):
+def test_a_json_folder_without_permission_is_refused_before_the_work(trained, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = run_without_privileges("evaluate.py", "--model", trained / "models" / "run" / "best.pt",
+                                  "--json", "locked/x.json", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "--json locked/x.json: no permission" in done.stderr
+
+
+def test_json_goes_through_links_and_pipes(trained, tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    model = trained / "models" / "run" / "best.pt"
+    for name in ("link.json", "/dev/stdout"):
+        done = run_script("evaluate.py", "--model", model, "--json", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "target.json").read_text())["images"] == 1000
+    assert '"images": 1000' in done.stdout
+
+
+@pytest.mark.parametrize("name, value", [("decoder.6.bias", np.nan), ("encoder.5.block.5.bias", 1e25)])
+def test_weights_that_give_no_numbers_are_named(name, value, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     contents = checkpoint.load(trained / "models" / "run" / "best.pt")
-    contents["model"]["decoder.6.bias"][:] = torch.nan
-    torch.save(contents, "nan.pt")
-    with pytest.raises(SystemExit) as stopped:
-        import_script("evaluate.py").main(["--model", "nan.pt"])
-    assert stopped.value.code == 2 and "--model nan.pt" in capsys.readouterr().err
+    contents["model"][name][:] = value
+    torch.save(contents, "broken.pt")
+    assert "--model broken.pt" in refuse(["--model", "broken.pt", "--json", "x.json"], capsys)
+    assert not (tmp_path / "x.json").exists()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -142,12 +143,32 @@ def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
     assert model.quantizer.ema
 
 
-def test_use_of_the_codes_in_training_is_counted_over_the_epoch(trained):
-    run, columns = events(trained / "logs" / "run"), track(trained)
-    used = [event.value for event in run.Scalars("codebook/train/used")]
-    spread = [event.value for event in run.Scalars("codebook/train/perplexity")]
-    assert all(0 < p <= u <= 512 for p, u in zip(spread, used))
-    assert used[0] >= columns["used"][0] and spread[0] != columns["perplexity"][0]
+def test_use_of_the_codes_in_training_is_counted_over_each_epoch(mnist_folder):
+    """Perplexity and codes used in training are those of all indices of that epoch's steps, and of no other."""
+    script = import_script("VQ-VAE.py")
+    args = script.get_parser().parse_args(["--k", "32", "--hidden-size", "8"])
+    train_set, _ = data.load("MNIST", mnist_folder)
+    torch.manual_seed(0)
+    model, _ = script.build_model(args, channels=1)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = script.SCHEDULES["constant"](optimizer, 1)
+    for epoch in range(2):
+        seen = []
+        hook = model.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output.indices))
+        batches = data.batches(train_set, 50, torch.Generator())      # 12 steps: logs of ten and of two
+        step, _, counts = script.train_one_epoch(model, batches, optimizer, schedule, args, mock.Mock(), 12 * epoch,
+                                                 mock.Mock())
+        hook.remove()
+        assert step == 12 * (epoch + 1) and counts.sum() == 600 * 49
+        indices = torch.cat([some.flatten() for some in seen])
+        assert counts.tolist() == [(indices == k).sum().item() for k in range(32)]
+
+
+def test_use_on_the_training_and_the_test_set_are_logged_apart(trained):
+    run = events(trained / "logs" / "run")
+    for name in ("perplexity", "used"):
+        train, test = ([event.value for event in run.Scalars(f"codebook/{split}{name}")] for split in ("train/", ""))
+        assert train != test and all(0 < value <= 512 for value in train + test)
 
 
 def test_projector_shows_each_code_with_its_use_and_its_picture(trained):
@@ -276,6 +297,6 @@ def test_losses_that_are_no_longer_finite_stop_the_run_in_one_line(tmp_path):
 
 def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("VQ-VAE.py", "generate.py", "evaluate.py"):
+    for name in ("VQ-VAE.py", "generate.py", "evaluate.py", "figures.py"):
         assert import_script(name).get_parser().parse_args([])
     assert not list(tmp_path.iterdir())
