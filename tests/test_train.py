@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import checkpoint
 import data
 from metrics import evaluate, perplexity
+from vector_quantizer import VectorQuantizer
 
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
 FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used"}
@@ -162,6 +163,24 @@ def test_use_of_the_codes_in_training_is_counted_over_each_epoch(mnist_folder):
         assert step == 12 * (epoch + 1) and counts.sum() == 600 * 49
         indices = torch.cat([some.flatten() for some in seen])
         assert counts.tolist() == [(indices == k).sum().item() for k in range(32)]
+
+
+def test_restarts_are_counted_in_each_epoch_anew(mnist_folder, tmp_path, monkeypatch):
+    """Against the codes that were seen to move, step by step, in 12 steps of each of two epochs."""
+    monkeypatch.chdir(tmp_path)
+    restart, moved = VectorQuantizer._restart_unused, []
+
+    def watched(quantizer, flat, indices):
+        before = quantizer.codebook.detach().clone()
+        restart(quantizer, flat, indices)
+        moved.append((quantizer.codebook != before).any(dim=1).sum().item())
+
+    monkeypatch.setattr(VectorQuantizer, "_restart_unused", watched)
+    import_script("VQ-VAE.py").main(["--data-folder", str(mnist_folder), "--batch-size", "50", "--num-epochs", "2",
+                                     "--hidden-size", "8", "--k", "512", "--restart-after", "3", "--lr", "1e-2",
+                                     "--output-folder", "run"])
+    assert track(tmp_path)["restarts"] == [sum(moved[:12]), sum(moved[12:])]
+    assert len(moved) == 24 and min(track(tmp_path)["restarts"]) > 0
 
 
 def test_use_on_the_training_and_the_test_set_are_logged_apart(trained):
