@@ -153,7 +153,7 @@ def train_one_epoch(model, batches, optimizer, schedule, args, writer, step, bar
     counts = torch.zeros(args.k, dtype=torch.int64)
     last_step = step + len(batches)
     for images, _ in batches:
-        x = data.to_model_range(images, args.device).contiguous(memory_format=torch.channels_last)    # (B, C, H, W)
+        x = data.to_model_range(images, args.device)                  # (B, C, H, W)
         output = model(x)
         losses = vqvae_losses(x, output, args.beta)
         optimizer.zero_grad()
