@@ -50,7 +50,7 @@ def generate(args):
     if args.input == "random":
         images = decode_noise(model, contents["dataset"]["shape"], generator, args.device)
     else:
-        dataset, test_set = cli.open_test_set(args, contents)
+        dataset, _, test_set = cli.open_data(args, contents)
         with cli.named(f"--model {path} --dataset", dataset):
             images = reconstruct(model, test_set, generator, args.device)
 
