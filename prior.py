@@ -149,4 +149,7 @@ def draw(logits, top_k=None, generator=None):
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+    probabilities = logits.softmax(dim=1)
+    if generator is not None:           # where the generator is: the same draws on every device
+        probabilities = probabilities.to(generator.device)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)

@@ -209,7 +209,7 @@ def train(args):
 def samples(prior, seed, device):
     """A hundred code maps, ten of each class."""
     labels = torch.arange(CLASSES, device=device).repeat_interleave(10)
-    return prior.sample(labels, generator=torch.Generator(device).manual_seed(seed))
+    return prior.sample(labels, generator=torch.Generator().manual_seed(seed))
 
 
 def main(argv=None):
