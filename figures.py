@@ -104,7 +104,7 @@ def draw_losses(events):
     steps_per_epoch = max(event.step for event in events.Scalars("loss/train/total")
                           if event.wall_time <= last.wall_time) / last.step
     for panel, name, title in ((panels[0], "reconstruction", "reconstruction loss"),
-                               (panels[1], "codebook", "codebook loss, in value also the commitment loss / β")):
+                               (panels[1], "codebook", "codebook loss; in value the commitment loss too")):
         steps, values = scalars(events, f"loss/train/{name}")
         panel.plot(steps / steps_per_epoch, values, color=BLUE, alpha=0.6, linewidth=0.8, label="train")
         panel.plot(*scalars(events, f"loss/test/{name}"), color=ORANGE, marker="o", markersize=3, label="test")

@@ -2,12 +2,14 @@
 
 import hashlib
 import re
+import shlex
 import subprocess
 
 import numpy as np
 import pytest
-from helpers import ROOT, events, run_script
+from helpers import ROOT, events, import_script, run_script
 from PIL import Image
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 
@@ -41,7 +43,14 @@ def test_file_record_track_and_logs_tell_the_same_figures():
     assert figure("perplexity") == pytest.approx(best["perplexity"], abs=0.5)
     assert figure("codes used") == best["used"]
 
+    command = re.search(r"python3 VQ-VAE\.py .*--output-folder recommended", RECORD)[0]
+    assert command in (ROOT / "README.md").read_text()
+    args = vars(import_script("VQ-VAE.py").get_parser().parse_args(shlex.split(command)[2:]))
     run = events(LOGS / "recommended")
+    contents = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    logged = {name: getattr(value, value.WhichOneof("kind")) for name, value
+              in HParamsPluginData.FromString(contents).session_start_info.hparams.items()}
+    assert logged == {name: args[name] for name in logged}
     for column, tag in (("test_recon", "loss/test/reconstruction"), ("perplexity", "codebook/perplexity"),
                         ("used", "codebook/used"), ("restarts", "codebook/restarts")):
         assert np.allclose([event.value for event in run.Scalars(tag)], [row[column] for row in rows], rtol=1e-2)
