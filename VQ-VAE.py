@@ -201,7 +201,7 @@ def train(args):
     shown = data.to_model_range(test_set.images[:SHOWN_IMAGES], args.device)
     tracking.log_images(writer, model, shown, epoch=0)
     print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}.")
-    tracking.tell(models, "  ".join(tracking.TRACK_COLUMNS))
+    tracking.tell(models / tracking.TRACK, "  ".join(tracking.TRACK_COLUMNS))
 
     step, best, best_epoch, start = 0, math.inf, 0, time.perf_counter()
     for epoch in range(1, args.num_epochs + 1):
@@ -226,9 +226,9 @@ def train(args):
                     "dataset": {"name": args.dataset, "shape": shape},
                     "model": model.state_dict(), "epoch": epoch, "step": step, "test": tested._asdict()}
         save_epoch(models, contents, optimizer, schedule, order, is_best)
-        tracking.tell(models, tracking.track_line(epoch, step, *trained[:3], *tested[:3], perplexity(counts),
-                                                  int((counts > 0).sum()), restarts,
-                                                  time.perf_counter() - epoch_start))
+        line = tracking.track_line(epoch, step, *trained[:3], *tested[:3], perplexity(counts),
+                                   int((counts > 0).sum()), restarts, time.perf_counter() - epoch_start)
+        tracking.tell(models / tracking.TRACK, line)
     tracking.log_codebook(writer, model, counts, shape, epoch)
     tracking.log_hparams(writer, hparams(args), tested, counts)
     writer.close()

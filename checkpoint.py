@@ -9,8 +9,18 @@ A checkpoint of a VQ-VAE rebuilds its own model:
     model     the state_dict
     epoch, step, test   where the training stood, and the test metrics there
     training  in last.pt alone: optimizer, schedule and random states
+
+One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes belong to:
+
+    format    1
+    kind      "prior"
+    config    the arguments of CodePrior
+    vqvae     the SHA-256 of the VQ-VAE's file
+    dataset   the data set's name
+    model, epoch, step, test   as above
 """
 
+import hashlib
 import io
 import os
 import warnings
@@ -19,6 +29,7 @@ from pathlib import Path
 import torch
 
 from modules import VectorQuantizedVAE
+from prior import CodePrior
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
@@ -53,32 +64,40 @@ def write_whole(path, data):
 def load(path, device="cpu"):
     """The contents of a checkpoint. A bare state_dict of the published network is one as well.
 
-    Only tensors and plain values are read: a file that would run code is refused. Raises OSError
-    if the file cannot be opened, ValueError if it is not a checkpoint of a VQ-VAE.
+    Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a VQ-VAE.
     """
+    contents = _read(path, device)
+    if isinstance(contents, dict) and contents and all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in contents.items()):
+        contents = _from_state_dict(contents)
+    _check_kind(contents, "vqvae", "a VQ-VAE")
+    match contents.get("dataset"):
+        case {"name": str(), "shape": [int(), int(), int()]}:
+            return contents
+    raise ValueError("the checkpoint does not say which data set its model was trained on")
+
+
+def _read(path, device):
+    """What a file of torch.save holds, tensors and plain values only: a file that would run code is refused."""
     file = io.BytesIO(Path(path).read_bytes())      # read here, so that an OSError is the system's
     if not file.getbuffer():
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of the pickle's protocol
-            contents = torch.load(file, map_location=device, weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:                      # torch.load answers damage with whatever it trips over
         raise ValueError("not a checkpoint: the file is damaged or of another kind, "
                          "or it holds objects that could run code, which are never read") from error
 
-    if isinstance(contents, dict) and contents and all(
-            isinstance(name, str) and torch.is_tensor(value) for name, value in contents.items()):
-        contents = _from_state_dict(contents)
-    if not isinstance(contents, dict) or contents.get("kind") != "vqvae":
-        raise ValueError("the file is not a checkpoint of a VQ-VAE")
+
+
+def _check_kind(contents, kind, name):
+    if not isinstance(contents, dict) or contents.get("kind") != kind:
+        raise ValueError(f"the file is not a checkpoint of {name}")
     if type(contents.get("format")) is not int or contents["format"] != FORMAT:
         raise ValueError(f"the checkpoint has format {contents.get('format')}; "
                          f"this version of the code reads format {FORMAT}")
-    match contents.get("dataset"):
-        case {"name": str(), "shape": [int(), int(), int()]}:
-            return contents
-    raise ValueError("the checkpoint does not say which data set its model was trained on")
 
 
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):
@@ -104,6 +123,31 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
         raise ValueError(f"the checkpoint's images of {C}×{H}×{W} do not fit its model: "
                          f"C is {model.channels}, H and W are multiples of 4 up to {LARGEST_SIDE}")
     return model.eval(), contents
+
+
+def load_prior(path, vqvae_path, device="cpu"):
+    """The prior in a checkpoint, in evaluation mode, and the checkpoint's contents.
+
+    Raises OSError if a file cannot be opened, ValueError if the file at path is not a checkpoint of
+    a prior, or its codes are those of another VQ-VAE than the one in vqvae_path.
+    """
+    contents = _read(path, device)
+    _check_kind(contents, "prior", "a prior")
+    if contents.get("vqvae") != sha256(vqvae_path):
+        raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: learn one for it with "
+                         f"python3 train_prior.py --model {vqvae_path}")
+    try:
+        prior = CodePrior(**contents["config"]).to(device)
+        prior.load_state_dict(contents["model"])
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError("the checkpoint's weights do not fit its configuration: "
+                         f"{' '.join(str(error).split())}") from error
+    return prior.eval(), contents
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _from_state_dict(state):

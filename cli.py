@@ -83,11 +83,11 @@ def open_model(args):
     return model, contents, path
 
 
-def open_test_set(args, contents):
-    """The test set that the arguments name, else that of the checkpoint. → its name, its Images."""
+def open_data(args, contents):
+    """The data that the arguments name, else those of the checkpoint. → name, training and test Images."""
     name = args.dataset or contents["dataset"]["name"]
     with named(f"--dataset {name} --data-folder", args.data_folder):
-        return name, data.load(name, args.data_folder)[1]
+        return name, *data.load(name, args.data_folder)
 
 
 # ---------------------------------------------------------------- types for add_argument
@@ -105,16 +105,17 @@ def whole_number(minimum):
     return convert
 
 
-def number(above=None, minimum=None):
-    """A type for finite numbers, above one bound or from one bound on."""
+def number(above=None, minimum=None, below=math.inf):
+    """A type for finite numbers, above one bound or from one bound on, and below a third."""
     def convert(text):
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or (above is not None and value <= above) \
-                or (minimum is not None and value < minimum):
+                or (minimum is not None and value < minimum) or value >= below:
             bound = f"above {above}" if above is not None else f"from {minimum} on"
+            bound += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
         return value
     return convert

@@ -87,7 +87,7 @@ def measure(args):
         with cli.named("--json", args.json):
             check_json(args.json, args.model or checkpoint.PRETRAINED)
     model, contents, path = cli.open_model(args)
-    dataset, test_set = cli.open_test_set(args, contents)
+    dataset, _, test_set = cli.open_data(args, contents)
     with cli.named(f"--model {path} --dataset", dataset):
         measured = figures(model, test_set, args.device)
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}")

@@ -16,6 +16,7 @@ from modules import Losses
 TRACK = "track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
+PRIOR_SUFFIX = ".prior"         # of the event file of train_prior.py
 EMBEDDING = "codebook"          # the projector's tag, and the name of its folders
 DECODED_AT_ONCE = 512           # codes
 SHOWN_IN_A_ROW, IMAGE_PADDING = 8, 2        # of the grids of images, the padding in pixels
@@ -32,6 +33,12 @@ def remove_logs(folder):
             path.parent.rmdir()
 
 
+def remove_prior_logs(folder):
+    """Remove what a former training of a prior left in logs/NAME."""
+    for path in folder.glob(f"events.out.tfevents.*{PRIOR_SUFFIX}"):
+        path.unlink()
+
+
 # ---------------------------------------------------------------- the text track
 
 def track_line(*values):
@@ -40,11 +47,11 @@ def track_line(*values):
     return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
 
 
-def tell(models, line):
-    """Print a line and add it to the run's track."""
+def tell(track, line):
+    """Print a line and add it to a text track."""
     print(line, flush=True)
-    with open(models / TRACK, "a") as track:
-        print(line, file=track)
+    with open(track, "a") as file:
+        print(line, file=file)
 
 
 # ---------------------------------------------------------------- TensorBoard
@@ -118,3 +125,11 @@ def log_hparams(writer, settings, tested, counts):
 def mean_losses(losses):
     """The mean of stacked losses (n, 4), fetched from the device at once."""
     return Losses(*torch.stack(losses).mean(dim=0).tolist())
+
+
+def log_prior(writer, epoch, trained, tested, bits_per_pixel, images):
+    """Nats per code on both sets, what the test set's come to for a pixel, and samples (100, C, H, W)."""
+    writer.add_scalar("prior/train", trained, epoch)
+    writer.add_scalar("prior/test", tested, epoch)
+    writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
+    writer.add_image("prior/samples", make_grid(to_unit_range(images), nrow=10), epoch)

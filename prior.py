@@ -1,0 +1,155 @@
+"""A prior over code maps: a decoder-only transformer over the indices in raster order.
+
+It is learned after the VQ-VAE is frozen (van den Oord et al. 2017, section 3.3), there a PixelCNN.
+Letters at line ends: B maps, h×w codes of one map, T = h·w of them in raster order, K codes,
+E width of the transformer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """Causal self-attention and a perceptron, each with a normalised input and a skip: (B, T, E) → (B, T, E)."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, cache=None):
+        """cache, a list of the earlier positions' keys and values, is made longer by x's own."""
+        B, T, E = x.shape
+        heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)          # each (B, heads, T, E/heads)
+        if cache is not None:
+            if cache:
+                keys, values = torch.cat([cache[0], keys], dim=2), torch.cat([cache[1], values], dim=2)
+            cache[:] = keys, values
+        # With a cache there is one new position, which may look at all that came before.
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1,
+                                                  dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.project(attended.transpose(1, 2).reshape(B, T, E)))
+        return x + self.drop(self.perceptron(self.perceptron_norm(x)))
+
+
+class CodePrior(nn.Module):
+    """p(code map | class) and p(code map) in one model, as a product over codes in raster order.
+
+    The first position sees the class alone, or that there is none; position t sees the codes
+    before t as well. In training a class is dropped with probability drop_label, so that one model
+    learns both distributions (classifier-free guidance, Ho and Salimans 2022). Raises ValueError
+    if a size is below 1, or heads do not divide width.
+    """
+
+    def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
+                 dropout=0.1, drop_label=0.1):
+        super().__init__()
+        if min(num_codes, height, width, num_classes, layers, embedding, heads) < 1 or embedding % heads:
+            raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
+                             f"{layers} layers, width {embedding} and {heads} heads: sizes are whole numbers "
+                             "from 1 on, and the heads divide the width")
+        self.num_codes, self.height, self.width = num_codes, height, width
+        self.num_classes, self.drop_label = num_classes, drop_label
+        self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one: no class
+        self.code_embedding = nn.Embedding(num_codes, embedding)
+        self.positions = nn.Parameter(torch.zeros(height * width, embedding))
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(embedding, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(embedding)
+        self.head = nn.Linear(embedding, num_codes)
+        self.apply(self._init)
+        nn.init.normal_(self.positions, std=0.02)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, indices, labels=None):
+        """Logits (B, T, K) of each code of the maps (B, h, w), given the codes before it and labels (B,) or None.
+
+        Raises ValueError if maps or labels do not fit.
+        """
+        labels = self._labels(labels, len(indices))
+        if self.training:
+            dropped = torch.rand(len(labels), device=labels.device) < self.drop_label
+            labels = labels.masked_fill(dropped, self.num_classes)
+        flat = self._flat(indices)                                    # (B, T)
+        start = self.label_embedding(labels).unsqueeze(1)             # (B, 1, E)
+        x = torch.cat([start, self.code_embedding(flat[:, :-1])], dim=1)              # (B, T, E)
+        x = self.drop(x + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).float()
+
+    def log_prob(self, indices, labels=None):
+        """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w)."""
+        logits = self(indices, labels)                                # (B, T, K)
+        return -F.cross_entropy(logits.transpose(1, 2), self._flat(indices), reduction="none").sum(dim=1)
+
+    @torch.no_grad()
+    def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
+        """Code maps (B, h, w) drawn one code after the other for labels (B,); class num_classes means none.
+
+        temperature divides the logits; top_k keeps the most probable codes alone; guidance 1 samples
+        p(map | label), a larger one moves away from p(map). In evaluation mode whatever the mode is.
+        Raises ValueError for a label out of range, temperature ≤ 0 or top_k < 1.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} is not above 0")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k {top_k} is not a whole number from 1 on")
+        labels = self._labels(labels, len(labels))
+        was_training = self.training
+        self.eval()
+        B, guided = len(labels), guidance != 1
+        if guided:      # the same maps once more, without their class
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        x = self.label_embedding(labels)                              # (B or 2B, E)
+        caches = [[] for _ in self.blocks]
+        codes = []
+        for position in self.positions:
+            logits = self._next_logits(x + position, caches)          # (B or 2B, K)
+            if guided:
+                logits = torch.lerp(logits[B:], logits[:B], guidance)
+            codes.append(draw(logits / temperature, top_k, generator))                # (B,)
+            x = self.code_embedding(codes[-1]).repeat(2 if guided else 1, 1)
+        self.train(was_training)
+        return torch.stack(codes, dim=1).view(B, self.height, self.width)
+
+    def _next_logits(self, x, caches):
+        x = x.unsqueeze(1)                                            # (B, 1, E)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, cache)
+        return self.head(self.norm(x)).squeeze(1).float()
+
+    def _labels(self, labels, count):
+        if labels is None:
+            return torch.full((count,), self.num_classes, device=self.positions.device)
+        if labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() <= self.num_classes):
+            raise ValueError(f"labels are ({count},) whole numbers from 0 to {self.num_classes}, the last for none")
+        return labels
+
+    def _flat(self, indices):
+        if indices.dim() != 3 or indices.shape[1:] != (self.height, self.width):
+            raise ValueError(f"code maps {tuple(indices.shape)} are not (B, {self.height}, {self.width})")
+        return indices.flatten(1)
+
+
+def draw(logits, top_k=None, generator=None):
+    """One code for each row of logits (B, K), from the top_k most probable where given: (B,)."""
+    if top_k is not None and top_k < logits.shape[1]:
+        least = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = logits.softmax(dim=1)
+    if generator is not None:           # where the generator is: the same draws on every device
+        probabilities = probabilities.to(generator.device)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)

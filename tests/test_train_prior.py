@@ -1,0 +1,149 @@
+"""train_prior.py and generate.py --input prior as a user runs them."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import events, import_script, run_script, snapshot
+from PIL import Image
+
+import checkpoint
+import data
+
+SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--num-epochs", "2", "--shift", "0",
+         "--lr", "3e-3")
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """A folder with models/run, its VQ-VAE and a small prior learned for it, and logs/run. Not to be changed."""
+    folder = tmp_path_factory.mktemp("prior")
+    (folder / "models" / "run").mkdir(parents=True)
+    shutil.copy(trained / "models" / "run" / "best.pt", folder / "models" / "run")
+    done = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def track(folder):
+    """The columns of the prior's text track, by name."""
+    header, *lines = (folder / "models" / "run" / "prior-track.txt").read_text().splitlines()
+    return dict(zip(header.split(), np.array([[float(cell) for cell in line.split()] for line in lines]).T))
+
+
+def test_prior_is_written_beside_the_model_and_logged_with_it(folder):
+    assert {path.name for path in (folder / "models" / "run").iterdir()} == {"best.pt", "prior.pt", "prior-track.txt"}
+    run, columns = events(folder / "logs" / "run"), track(folder)
+    assert set(run.Tags()["scalars"]) == {"prior/train", "prior/test", "prior/bits_per_pixel"}
+    assert [event.step for event in run.Images("prior/samples")] == [1, 2]
+    for column, tag in (("train_nats", "prior/train"), ("test_nats", "prior/test"),
+                        ("bits_per_pixel", "prior/bits_per_pixel")):
+        assert np.allclose([event.value for event in run.Scalars(tag)], columns[column], atol=1e-4)
+    said = (folder / "stdout.txt").read_text()
+    assert "models/run/prior.pt" in said and "--input prior" in said
+
+
+def test_test_loss_is_that_of_the_code_maps_and_beats_counting_codes(folder):
+    run = folder / "models" / "run"
+    model, _ = checkpoint.load_model(run / "best.pt")
+    prior, contents = checkpoint.load_prior(run / "prior.pt", run / "best.pt")
+    sets = data.load("MNIST-10k", "MNIST")
+    with torch.no_grad():
+        train, test = (torch.cat([model.encode(data.to_model_range(some)) for some in part.images.split(500)])
+                       for part in sets)
+        nats = -prior.log_prob(test, sets[1].labels).double().mean().item() / 49
+    assert nats == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
+    assert contents["test"]["bits_per_pixel"] == pytest.approx(nats * 49 / math.log(2) / 784, rel=1e-4)
+    assert nats == pytest.approx(track(folder)["test_nats"].min(), abs=1e-4)
+    shares = (torch.bincount(train.flatten(), minlength=512) + 1) / (train.numel() + 512)
+    unigram = -shares[test].log().mean().item()
+    assert nats < unigram - 0.3 and unigram < math.log(512)
+
+
+def test_shifted_images_are_those_that_numpy_pads_and_crops():
+    script = import_script("train_prior.py")
+    images = torch.randint(256, (3, 1, 6, 5), dtype=torch.uint8)
+    for dy, dx in ((0, 0), (1, 0), (-1, 2), (2, -1)):
+        padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(script.shifted(images, dy, dx), padded[:, :, 2 - dy:8 - dy, 2 - dx:7 - dx])
+
+
+def test_rate_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = import_script("train_prior.py").warm_up_then_cosine(optimizer, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2, 2])
+    assert rates[5:] == pytest.approx([1 + math.cos(math.pi * i / 95) for i in range(95)])
+
+
+def test_generate_draws_from_the_prior_beside_the_model(folder, tmp_path):
+    pictures = {}
+    for name, arguments in (("a", []), ("b", ["--seed", 0, "--prior", folder / "models" / "run" / "prior.pt"]),
+                            ("c", ["--seed", 1]), ("d", ["--label", 3, "--temperature", 0.5, "--top-k", 5,
+                                                         "--guidance", 2])):
+        done = run_script("generate.py", "--model", folder / "models" / "run" / "best.pt", "--input", "prior",
+                          "--filename", name, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        pictures[name] = np.array(Image.open(tmp_path / "generatedImages" / f"{name}.png").convert("L")).astype(int)
+    assert np.array_equal(pictures["a"], pictures["b"]) and not np.array_equal(pictures["a"], pictures["c"])
+
+    model, _ = checkpoint.load_model(folder / "models" / "run" / "best.pt")
+    prior, _ = checkpoint.load_prior(folder / "models" / "run" / "prior.pt", folder / "models" / "run" / "best.pt")
+    for name, labels, flags in (("a", torch.arange(10).repeat_interleave(10), ()),
+                                ("d", torch.full((100,), 3), (0.5, 5, 2))):
+        with torch.no_grad():
+            images = model.decode(prior.sample(labels, *flags, generator=torch.Generator().manual_seed(0)))
+        expected = images.add(1).mul(127.5).squeeze(1).numpy()
+        cells = np.array([pictures[name][2 + 30 * i:, 2 + 30 * j:][:28, :28] for i in range(10) for j in range(10)])
+        assert np.abs(cells - expected).max() <= 1
+
+
+def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    contents = checkpoint.load("models/run/best.pt")
+    checkpoint.save("other.pt", {**contents, "epoch": 99})
+    before = snapshot(tmp_path)
+    model, prior = ["--model", "models/run/best.pt"], ["--input", "prior"]
+    for script, arguments, words in (
+            ("generate.py", [*model, *prior, "--label", "10"], "--label 10: the prior knows the digits 0 to 9"),
+            ("generate.py", [*model, *prior, "--temperature", "0"], "--temperature: '0'"),
+            ("generate.py", [*model, *prior, "--temperature", "-1"], "--temperature: '-1'"),
+            ("generate.py", [*model, *prior, "--top-k", "0"], "--top-k: '0'"),
+            ("generate.py", [*model, *prior, "--guidance", "much"], "--guidance: 'much'"),
+            ("generate.py", [*model, *prior, "--prior", "no.pt"], "--prior no.pt: No such file"),
+            ("generate.py", [*model, *prior, "--prior", "other.pt"], "not a checkpoint of a prior"),
+            ("generate.py", ["--model", "other.pt", *prior], "--prior prior.pt: No such file"),
+            ("generate.py", ["--model", "other.pt", *prior, "--prior", "models/run/prior.pt"],
+             "belongs to another VQ-VAE than other.pt"),
+            ("generate.py", ["--model", "models/run/prior.pt", *prior], "not a checkpoint of a VQ-VAE"),
+            ("train_prior.py", model, "models/run/prior.pt holds a prior already"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--width 10"),
+            ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
+            ("train_prior.py", ["--model", "no.pt"], "--model no.pt")):
+        with pytest.raises(SystemExit) as stopped:
+            import_script(script).main([*arguments, "--dataset", "MNIST-10k"])
+        said = capsys.readouterr()
+        assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and words in said.err, said.err
+    assert snapshot(tmp_path) == before
+
+
+def test_overwrite_replaces_the_prior_and_its_logs_alone(folder, tmp_path):
+    for name in ("models", "logs"):
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "logs" / "run" / "events.out.tfevents.1.vqvae.0").write_bytes(b"")
+    done = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL, "--num-epochs", 1, "--seed", 1,
+                      "--overwrite", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert track(tmp_path)["epoch"].tolist() == [1]
+    names = [path.name for path in (tmp_path / "logs" / "run").iterdir()]
+    assert len(names) == 2 and "events.out.tfevents.1.vqvae.0" in names
+    kept = [(root / "models" / "run" / "best.pt").read_bytes() for root in (folder, tmp_path)]
+    assert kept[0] == kept[1]

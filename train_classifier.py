@@ -1,0 +1,103 @@
+"""Train the judge of sampled digits: python3 train_classifier.py [--data-folder PATH] ...
+
+A small CNN on real digits, slightly turned, scaled and moved. Writes models/NAME.pt and tells its test accuracy.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+from classifier import DigitClassifier
+
+TURN, ZOOM, MOVE = math.radians(12), 0.1, 0.1       # at most: radians, of the size, of the half width
+WEIGHT_DECAY = 0.05
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__)
+    shown = "(default: %(default)s)"
+    parser.add_argument("--dataset", type=cli.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
+                        help=f"{' or '.join(data.DATASETS)} {shown}")
+    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
+                        help=f"where MNIST is, or is downloaded to once {shown}")
+    parser.add_argument("--output", type=cli.name_inside("models"), default="classifier", metavar="NAME",
+                        help=f"writes models/NAME.pt {shown}")
+    parser.add_argument("--num-epochs", type=cli.whole_number(1), default=10, metavar="N",
+                        help=f"passes over the training set {shown}")
+    parser.add_argument("--batch-size", type=cli.whole_number(2), default=128, metavar="N",
+                        help=f"images per step {shown}")
+    parser.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
+                        help=f"highest learning rate of AdamW, on a one-cycle schedule {shown}")
+    parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+                        help=f"seed of weights, data order and augmentation {shown}")
+    parser.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
+                        help=f"cpu, cuda or cuda:N {shown}")
+    return parser
+
+
+def augment(x):
+    """Images (B, 1, H, W), each turned, scaled and moved a little, by torch's generator."""
+    B = len(x)
+    turn, zoom, move_x, move_y = (torch.rand(4, B, device=x.device) * 2 - 1)
+    cosine, sine = torch.cos(turn * TURN) * (1 + zoom * ZOOM), torch.sin(turn * TURN) * (1 + zoom * ZOOM)
+    rows = torch.stack([cosine, -sine, move_x * MOVE, sine, cosine, move_y * MOVE], dim=1).view(B, 2, 3)
+    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1        # what comes in from outside is black
+
+
+def train(args):
+    target = Path("models", f"{args.output}.pt")
+    with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
+        train_set, test_set = data.load(args.dataset, args.data_folder)
+    torch.manual_seed(args.seed)
+    batches = data.batches(train_set, args.batch_size, torch.Generator().manual_seed(args.seed))
+    model = DigitClassifier().to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.num_epochs * len(batches),
+                                                   cycle_momentum=False)
+    with cli.named("--output", args.output):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}.")
+    for epoch in range(1, args.num_epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        for images, labels in tqdm(batches, desc=f"epoch {epoch}/{args.num_epochs}", leave=False, disable=None):
+            x = augment(data.to_model_range(images, args.device))
+            loss = F.cross_entropy(model(x), labels.to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        accuracy = test_accuracy(model, test_set, args.device)
+        print(f"epoch {epoch}: test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
+    checkpoint.save(target, {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset,
+                             "model": model.state_dict(), "test": {"accuracy": accuracy}})
+    print(f"Test accuracy {accuracy:.2%}\n  classifier  {target}")
+
+
+@torch.no_grad()
+def test_accuracy(model, test_set, device):
+    """The share of test Images that the model recognises, in evaluation mode."""
+    model.eval()
+    right = 0
+    for images, labels in data.batches(test_set, 500):
+        right += (model(data.to_model_range(images, device)).argmax(dim=1).cpu() == labels).sum().item()
+    return right / len(test_set)
+
+
+def main(argv=None):
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line():
+        train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Learn which codes go together: python3 train_prior.py [--model models/NAME/best.pt] ...
+
+The second stage of the paper (section 3.3): the VQ-VAE is frozen, its code maps of the training set are learned by a
+transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped one.
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import cli
+import data
+import tracking
+from prior import CodePrior
+
+ENCODED_AT_ONCE = 500           # images
+WARM_UP = 0.05                  # of all steps
+WEIGHT_DECAY = 0.1
+PATIENCE = 3                    # epochs without a lower test loss, then the training stops
+CLASSES = 10
+COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__)
+    shown = "(default: %(default)s)"
+    cli.add_model_arguments(parser)
+
+    group = parser.add_argument_group("prior")
+    group.add_argument("--layers", type=cli.whole_number(1), default=4, metavar="N",
+                       help=f"blocks of the transformer {shown}")
+    group.add_argument("--width", type=cli.whole_number(1), default=128, metavar="E",
+                       help=f"size of its hidden vectors {shown}")
+    group.add_argument("--heads", type=cli.whole_number(1), default=4, metavar="N",
+                       help=f"attention heads, a divisor of the width {shown}")
+    group.add_argument("--dropout", type=cli.number(minimum=0, below=1), default=0.1, metavar="P",
+                       help=f"share of activations dropped in training {shown}")
+    group.add_argument("--drop-label", type=cli.number(minimum=0, below=1), default=0.1, metavar="P",
+                       help=f"share of maps learned without their class {shown}")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch-size", type=cli.whole_number(1), default=128, metavar="N",
+                       help=f"code maps per step {shown}")
+    group.add_argument("--num-epochs", type=cli.whole_number(1), default=15, metavar="N",
+                       help=f"passes over the training set {shown}")
+    group.add_argument("--lr", type=cli.number(above=0), default=1e-3, metavar="RATE",
+                       help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
+    group.add_argument("--shift", type=cli.whole_number(0), default=1, metavar="PIXELS",
+                       help=f"training images are shifted by up to so many pixels before they are encoded {shown}")
+    group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+                       help=f"seed of weights, data order, shifts and samples {shown}")
+    group.add_argument("--overwrite", action="store_true",
+                       help="replace a prior that stands beside the model (default: leave it untouched and stop)")
+    return parser
+
+
+# ---------------------------------------------------------------- code maps
+
+@torch.no_grad()
+def encode(model, images, device, bar):
+    """uint8 images (N, C, H, W) → their code maps (N, h, w), on the CPU."""
+    maps = []
+    for some in images.split(ENCODED_AT_ONCE):
+        maps.append(model.encode(data.to_model_range(some, device)).cpu())
+        bar.update(len(some))
+    return torch.cat(maps)
+
+
+def shifted(images, dy, dx):
+    """Images moved down by dy and right by dx pixels, black where nothing comes in."""
+    H, W = images.shape[-2:]
+    moved = torch.zeros_like(images)
+    moved[..., max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
+        images[..., max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)]
+    return moved
+
+
+def encode_sets(model, train_set, test_set, shift, device):
+    """→ training maps (S, N, h, w), one set for each of S shifts, and test maps (N, h, w)."""
+    steps = range(-shift, shift + 1)
+    offsets = [(dy, dx) for dy in steps for dx in steps]
+    with tqdm(total=len(offsets) * len(train_set) + len(test_set), desc="encoding", unit="img", unit_scale=True,
+              leave=False, disable=None) as bar:
+        train = torch.stack([encode(model, shifted(train_set.images, dy, dx), device, bar) for dy, dx in offsets])
+        return train, encode(model, test_set.images, device, bar)
+
+
+# ---------------------------------------------------------------- training
+
+def warm_up_then_cosine(optimizer, steps):
+    """The rate rises from 0 to --lr over the first WARM_UP of the steps, then falls to 0 on a cosine."""
+    rise = max(1, round(WARM_UP * steps))
+
+    def factor(step):
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+    return LambdaLR(optimizer, factor)
+
+
+def train_one_epoch(prior, maps, labels, optimizer, schedule, args, order, bar):
+    """One pass over the code maps (S, N, h, w), each image in one of its S shifts. → mean nats per code."""
+    prior.train()
+    N, codes = len(labels), prior.height * prior.width
+    shift_of = torch.randint(len(maps), (N,), generator=order)
+    total = 0
+    for rows in torch.randperm(N, generator=order).split(args.batch_size):
+        batch = maps[shift_of[rows], rows].to(args.device)            # (B, h, w)
+        loss = -prior.log_prob(batch, labels[rows].to(args.device)).mean() / codes
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total = total + loss.detach() * len(rows)
+        bar.update(len(rows))
+    return (total / N).item()
+
+
+@torch.no_grad()
+def test_nats(prior, maps, labels, batch_size, device):
+    """Mean nats per code of test maps (N, h, w) with their labels, in evaluation mode."""
+    prior.eval()
+    total = sum(prior.log_prob(some.to(device), their.to(device)).double().sum().item()
+                for some, their in zip(maps.split(batch_size), labels.split(batch_size)))
+    return -total / maps.numel()
+
+
+def logs_of(path):
+    """logs/NAME for models/NAME/FILE, and logs/FOLDER for a model in another folder."""
+    folder = path.resolve().parent
+    inside = folder.is_relative_to(Path("models").resolve()) and folder != Path("models").resolve()
+    return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
+
+
+def check_target(path, overwrite):
+    """Raise ValueError or OSError if a prior stands there, or could not be written. Touches nothing."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} holds a prior already: replace it with --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"no permission to write in {path.parent}")
+
+
+def train(args):
+    # Everything that can be wrong is found before a file is written.
+    model, contents, path = cli.open_model(args)
+    target, logs = Path(path).with_name("prior.pt"), logs_of(Path(path))
+    with cli.named("--model", path):
+        check_target(target, args.overwrite)
+    dataset, train_set, test_set = cli.open_data(args, contents)
+    torch.manual_seed(args.seed)
+    order = torch.Generator().manual_seed(args.seed)
+    C, H, W = contents["dataset"]["shape"]
+    config = {"num_codes": model.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
+              "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
+              "drop_label": args.drop_label}
+    with cli.named("--width", args.width):
+        prior = CodePrior(**config).to(args.device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = warm_up_then_cosine(optimizer, args.num_epochs * math.ceil(len(train_set) / args.batch_size))
+
+    print(f"Learning the code maps of {path} on {dataset}: {len(train_set):,} images, {len(test_set):,} to test.")
+    train_maps, test_maps = encode_sets(model, train_set, test_set, args.shift, args.device)
+    bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))            # of one nat per code
+    belongs_to = checkpoint.sha256(path)
+    with cli.named("--model", path):
+        tracking.remove_prior_logs(logs)
+        logs.mkdir(parents=True, exist_ok=True)
+    writer = SummaryWriter(logs, filename_suffix=tracking.PRIOR_SUFFIX)
+    track = target.with_name("prior-track.txt")
+    track.unlink(missing_ok=True)
+    tracking.tell(track, "  ".join(COLUMNS))
+    best, best_epoch = math.inf, 0
+    for epoch in range(1, args.num_epochs + 1):
+        start = time.perf_counter()
+        with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="map", unit_scale=True,
+                  leave=False, disable=None) as bar:
+            trained = train_one_epoch(prior, train_maps, train_set.labels, optimizer, schedule, args, order, bar)
+        if not math.isfinite(trained):
+            raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is no longer a finite number, "
+                             "try a lower rate")
+        tested = test_nats(prior, test_maps, test_set.labels, args.batch_size, args.device)
+        tracking.log_prior(writer, epoch, trained, tested, tested * bits_per_pixel,
+                           model.decode(samples(prior, args.seed, args.device)))
+        if tested < best:
+            best, best_epoch = tested, epoch
+            checkpoint.save(target, {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
+                                     "vqvae": belongs_to, "dataset": dataset, "model": prior.state_dict(),
+                                     "epoch": epoch, "test": {"nats_per_code": tested,
+                                                              "bits_per_pixel": tested * bits_per_pixel}})
+        tracking.tell(track, f"{epoch:5}  {trained:10.4f}  {tested:9.4f}  {tested * bits_per_pixel:14.4f}"
+                             f"  {time.perf_counter() - start:7.1f}")
+        if epoch - best_epoch >= PATIENCE:
+            print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
+            break
+    writer.close()
+    print(f"Lowest test loss: {best:.4f} nats per code, in epoch {best_epoch}.\n  prior  {target}\n  logs   {logs}\n"
+          f"Next: python3 generate.py --model {path} --input prior")
+
+
+@torch.no_grad()
+def samples(prior, seed, device):
+    """A hundred code maps, ten of each class."""
+    labels = torch.arange(CLASSES, device=device).repeat_interleave(10)
+    return prior.sample(labels, generator=torch.Generator().manual_seed(seed))
+
+
+def main(argv=None):
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line():
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
