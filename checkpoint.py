@@ -17,7 +17,9 @@ One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes bel
     config    the arguments of CodePrior
     vqvae     the SHA-256 of the VQ-VAE's file
     dataset   the data set's name
-    model, epoch, step, test   as above
+    model, epoch, test         as above
+
+The classifier that judges sampled digits has format, kind ("classifier"), dataset, model and test.
 """
 
 import hashlib
@@ -28,11 +30,13 @@ from pathlib import Path
 
 import torch
 
+from classifier import DigitClassifier
 from modules import VectorQuantizedVAE
 from prior import CodePrior
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
+CLASSIFIER = PRETRAINED.with_name("classifier.pt")
 LARGEST_SIDE = 4096         # pixels; what a damaged file says must not fill the memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
 
@@ -91,7 +95,6 @@ def _read(path, device):
                          "or it holds objects that could run code, which are never read") from error
 
 
-
 def _check_kind(contents, kind, name):
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         raise ValueError(f"the file is not a checkpoint of {name}")
@@ -107,12 +110,7 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     and ValueError if the sizes contradict each other.
     """
     contents = load(path, device)
-    try:
-        model = VectorQuantizedVAE(**contents["config"]).to(device)
-        model.load_state_dict(contents["model"])
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError("the checkpoint's weights do not fit its configuration: "
-                         f"{' '.join(str(error).split())}") from error
+    model = _rebuilt(VectorQuantizedVAE, contents, device)
     for flag, given, own in (("--hidden-size", hidden_size, model.quantizer.dim),
                              ("--k", num_codes, model.quantizer.num_codes)):
         if given is not None and given != own:
@@ -122,7 +120,7 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     if model.channels != C or not (0 < H <= LARGEST_SIDE and 0 < W <= LARGEST_SIDE) or H % 4 or W % 4:
         raise ValueError(f"the checkpoint's images of {C}×{H}×{W} do not fit its model: "
                          f"C is {model.channels}, H and W are multiples of 4 up to {LARGEST_SIDE}")
-    return model.eval(), contents
+    return model, contents
 
 
 def load_prior(path, vqvae_path, device="cpu"):
@@ -136,13 +134,28 @@ def load_prior(path, vqvae_path, device="cpu"):
     if contents.get("vqvae") != sha256(vqvae_path):
         raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: learn one for it with "
                          f"python3 train_prior.py --model {vqvae_path}")
+    return _rebuilt(CodePrior, contents, device), contents
+
+
+def load_classifier(path, device="cpu"):
+    """The classifier in a checkpoint, in evaluation mode, and the checkpoint's contents.
+
+    Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a classifier.
+    """
+    contents = _read(path, device)
+    _check_kind(contents, "classifier", "a classifier")
+    return _rebuilt(DigitClassifier, {**contents, "config": {}}, device), contents
+
+
+def _rebuilt(kind, contents, device):
+    """A model made from what its checkpoint says, in evaluation mode."""
     try:
-        prior = CodePrior(**contents["config"]).to(device)
-        prior.load_state_dict(contents["model"])
+        model = kind(**contents["config"]).to(device)
+        model.load_state_dict(contents["model"])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError("the checkpoint's weights do not fit its configuration: "
                          f"{' '.join(str(error).split())}") from error
-    return prior.eval(), contents
+    return model.eval()
 
 
 def sha256(path):

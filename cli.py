@@ -25,6 +25,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def check_unused(self, args, names, reason):
+        """Complain if one of the named arguments was given a value that nothing would look at."""
+        for name in names:
+            value = getattr(args, name)
+            if value != self.get_default(name):
+                self.error(f"--{name.replace('_', '-')} {value}: {reason}")
+
     @contextmanager
     def bad_input_in_one_line(self):
         """The one place where what the modules raise about bad input becomes a message."""
@@ -88,6 +95,45 @@ def open_data(args, contents):
     name = args.dataset or contents["dataset"]["name"]
     with named(f"--dataset {name} --data-folder", args.data_folder):
         return name, *data.load(name, args.data_folder)
+
+
+def add_sampling_arguments(parser, without):
+    """The flags of every script that draws from a prior. `without` says what happens without --prior."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--prior", type=file_name, metavar="PATH",
+                        help=f"checkpoint of train_prior.py (default: {without})")
+    parser.add_argument("--temperature", type=number(above=0), default=1.0, metavar="T",
+                        help=f"below 1 the probable codes become more probable {shown}")
+    parser.add_argument("--top-k", type=whole_number(1), metavar="N",
+                        help="draw from the N most probable codes alone (default: from all)")
+    parser.add_argument("--guidance", type=number(minimum=0), default=1.0, metavar="G",
+                        help=f"above 1 the digit weighs more, 0 forgets it, 1 is the plain prior {shown}")
+
+
+SAMPLING = ("prior", "temperature", "top_k", "guidance")
+
+
+def sampling(args):
+    """The arguments of CodePrior.sample() that add_sampling_arguments() reads."""
+    return {name: getattr(args, name) for name in SAMPLING[1:]}
+
+
+def open_prior(args, model_path):
+    """The prior that the arguments name, else the one beside the model at model_path. → prior, its path."""
+    path = args.prior or str(Path(model_path).with_name("prior.pt"))
+    with named("--prior", path):
+        return checkpoint.load_prior(path, model_path, args.device)[0], path
+
+
+def check_target(path, overwrite):
+    """Raise ValueError or OSError if a file is there and is to be kept, or could not be written. Touches nothing."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} is there already: replace it with --overwrite")
+    folder = next(folder for folder in path.parents if folder.exists())
+    if path.is_dir() or not folder.is_dir():
+        raise ValueError(f"{path if path.is_dir() else folder} is in the way")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"no permission to write in {folder}")
 
 
 # ---------------------------------------------------------------- types for add_argument

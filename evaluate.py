@@ -1,6 +1,7 @@
 """Measure a model on a whole test set: python3 evaluate.py [--model models/NAME/best.pt] [--json FILE]
 
-Without --model it measures the shipped one.
+With --prior models/NAME/prior.pt also the prior, and the digits drawn from it. Without --model it measures the
+shipped one, whose prior is pretrained/prior.pt.
 """
 
 import json
@@ -8,12 +9,17 @@ import math
 import os
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import checkpoint
 import cli
 import data
-from metrics import evaluate, perplexity
+import quality
+from metrics import code_maps, evaluate, nats_per_code, perplexity
 
 BATCH_SIZE = 250
+SAMPLES = 10_000                # as many of each class
 
 
 def get_parser():
@@ -21,6 +27,12 @@ def get_parser():
     cli.add_model_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also write the figures to this file, as JSON (default: none)")
+    group = parser.add_argument_group("the prior, and digits drawn from it")
+    cli.add_sampling_arguments(group, without="none is measured")
+    group.add_argument("--classifier", type=cli.file_name, metavar="PATH",
+                       help="checkpoint of train_classifier.py (default: the shipped one, pretrained/classifier.pt)")
+    group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+                       help="seed of the digits drawn (default: %(default)s)")
     return parser
 
 
@@ -61,6 +73,63 @@ def table(measured):
     return "\n".join(f"{name:<16}{value:>10}  {unit}" for name, value, unit in rows)
 
 
+# ---------------------------------------------------------------- the prior
+
+def open_classifier(args, shape):
+    """The classifier that the arguments name, else the shipped one. Raises ValueError if it cannot judge the images."""
+    path = args.classifier or checkpoint.CLASSIFIER
+    with cli.named("--classifier", path):
+        if shape[0] != 1:
+            raise ValueError(f"it judges images of one channel, the model's have {shape[0]}")
+        return checkpoint.load_classifier(path, args.device)[0]
+
+
+def prior_figures(model, prior, classifier, train_set, test_set, args):
+    """What the prior and digits drawn from it are worth, as a plain dictionary.
+
+    nats_per_code and bits_per_pixel are of the test set's code maps with their labels. recognised
+    is the share of images in which the classifier sees the digit asked for, frechet the distance
+    to the test set in its feature space: of the samples, and as yardsticks of the test set itself
+    (recognised there is the classifier's accuracy), its reconstructions and decoded noise.
+    memorised is the share of samples whose code map stands in the training set.
+    """
+    device, generator = args.device, torch.Generator().manual_seed(args.seed)
+    labels = torch.arange(prior.num_classes).repeat_interleave(SAMPLES // prior.num_classes)
+    with tqdm(total=len(train_set) + 3 * len(test_set) + 3 * len(labels), desc="drawing and judging", unit="img",
+              unit_scale=True, leave=False, disable=None) as bar:
+        maps = {"samples": quality.sampled_maps(prior, labels, cli.sampling(args), generator, device, bar),
+                "reconstructions": code_maps(model, test_set.images, device, bar),
+                "random": quality.noise_maps(model, len(labels), prior.height, prior.width, generator, device)}
+        training_maps = code_maps(model, train_set.images, device, bar)
+        seen = {"test_set": quality.look_at(classifier, quality.real(test_set.images, device), bar)}
+        for name, some in maps.items():
+            seen[name] = quality.look_at(classifier, quality.decoded(model, some, device), bar)
+    nats = nats_per_code(prior, maps["reconstructions"], test_set.labels, device)
+    asked = {"test_set": test_set.labels, "reconstructions": test_set.labels, "samples": labels, "random": labels}
+    measured = {"nats_per_code": nats,
+                "bits_per_pixel": nats / math.log(2) * prior.height * prior.width / test_set.images[0].numel(),
+                "memorised": quality.memorised(maps["samples"], training_maps)}
+    for name, found in seen.items():
+        measured[name] = {"recognised": (found.digits == asked[name]).double().mean().item(),
+                          "frechet": quality.frechet_distance(found.features, seen["test_set"].features)}
+    return measured
+
+
+def prior_table(measured):
+    """The prior's figures as lines for a reader."""
+    rows = [("nats per code", f"{measured['nats_per_code']:.4f}", "on the test set, the digit given"),
+            ("bits per pixel", f"{measured['bits_per_pixel']:.4f}", "of the same"),
+            ("memorised", f"{measured['memorised']:.2%}", "of the samples have a code map of the training set")]
+    lines = [f"{name:<16}{value:>10}  {unit}" for name, value, unit in rows]
+    lines.append(f"\n{'':<26}{'recognised':>12}{'Fréchet distance':>20}")
+    for name, title in (("samples", f"{SAMPLES:,} samples"), ("reconstructions", "reconstructed test set"),
+                        ("random", "decoded noise"), ("test_set", "test set")):
+        lines.append(f"{title:<26}{measured[name]['recognised']:>12.2%}{measured[name]['frechet']:>20.2f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- JSON
+
 def check_json(path, model):
     """Raise ValueError if the file could not be written, or is the model's own. Touches nothing."""
     existing = path if path.exists() else path.parent
@@ -87,10 +156,16 @@ def measure(args):
         with cli.named("--json", args.json):
             check_json(args.json, args.model or checkpoint.PRETRAINED)
     model, contents, path = cli.open_model(args)
-    dataset, _, test_set = cli.open_data(args, contents)
+    if args.prior:
+        prior, prior_path = cli.open_prior(args, path)
+        classifier = open_classifier(args, contents["dataset"]["shape"])
+    dataset, train_set, test_set = cli.open_data(args, contents)
     with cli.named(f"--model {path} --dataset", dataset):
         measured = figures(model, test_set, args.device)
-    print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}")
+    print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}", flush=True)
+    if args.prior:
+        measured["prior"] = prior_figures(model, prior, classifier, train_set, test_set, args)
+        print(f"\n{prior_path}\n{prior_table(measured['prior'])}")
     if args.json:
         with cli.named("--json", args.json):
             write_json(args.json, {"model": str(path), "dataset": dataset, **measured})
@@ -100,6 +175,8 @@ def measure(args):
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
+    if not args.prior:
+        parser.check_unused(args, (*cli.SAMPLING, "classifier", "seed"), "is used with --prior alone, add it")
     with parser.bad_input_in_one_line():
         measure(args)
 

@@ -1,9 +1,11 @@
-"""What a VQ-VAE is measured by, over a whole data set."""
+"""What a VQ-VAE and its prior are measured by, over a whole data set."""
 
 import torch
 
 from data import to_model_range
 from modules import Losses, vqvae_losses
+
+AT_ONCE = 500                   # images or code maps
 
 
 def perplexity(counts):
@@ -32,3 +34,28 @@ def evaluate(model, batches, device, beta=1.0):
         counts += torch.bincount(output.indices.flatten(), minlength=len(counts)).cpu()
     model.train(was_training)
     return Losses(*(sums / images_seen).tolist()), counts
+
+
+@torch.no_grad()
+def code_maps(model, images, device, bar=None):
+    """The code maps (N, h, w), on the CPU, of uint8 images (N, C, H, W).
+
+    bar, such as a tqdm, is told by update(n) of every n images.
+    """
+    maps = []
+    for some in images.split(AT_ONCE):
+        maps.append(model.encode(to_model_range(some, device)).cpu())
+        if bar is not None:
+            bar.update(len(some))
+    return torch.cat(maps)
+
+
+@torch.no_grad()
+def nats_per_code(prior, maps, labels, device):
+    """−log p(map | label) of code maps (N, h, w), the mean over all their codes, in evaluation mode."""
+    was_training = prior.training
+    prior.eval()
+    total = sum(prior.log_prob(some.to(device), their.to(device)).double().sum().item()
+                for some, their in zip(maps.split(AT_ONCE), labels.split(AT_ONCE)))
+    prior.train(was_training)
+    return -total / maps.numel()

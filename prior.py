@@ -15,7 +15,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
@@ -32,8 +32,7 @@ class Block(nn.Module):
                 keys, values = torch.cat([cache[0], keys], dim=2), torch.cat([cache[1], values], dim=2)
             cache[:] = keys, values
         # With a cache there is one new position, which may look at all that came before.
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1,
-                                                  dropout_p=self.dropout if self.training else 0.0)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
         x = x + self.drop(self.project(attended.transpose(1, 2).reshape(B, T, E)))
         return x + self.drop(self.perceptron(self.perceptron_norm(x)))
 
@@ -43,12 +42,15 @@ class CodePrior(nn.Module):
 
     The first position sees the class alone, or that there is none; position t sees the codes
     before t as well. In training a class is dropped with probability drop_label, so that one model
-    learns both distributions (classifier-free guidance, Ho and Salimans 2022). Raises ValueError
-    if a size is below 1, or heads do not divide width.
+    learns both distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted
+    images may be learned as well: the first position also sees which of num_shifts it is, 0 for
+    the image as it is, so that they teach what codes go together and are not drawn (distribution
+    augmentation, Jun et al. 2020). Raises ValueError if a size is below 1, or heads do not divide
+    the width.
     """
 
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
-                 dropout=0.1, drop_label=0.1):
+                 dropout=0.1, drop_label=0.1, num_shifts=1):
         super().__init__()
         if min(num_codes, height, width, num_classes, layers, embedding, heads) < 1 or embedding % heads:
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
@@ -57,6 +59,7 @@ class CodePrior(nn.Module):
         self.num_codes, self.height, self.width = num_codes, height, width
         self.num_classes, self.drop_label = num_classes, drop_label
         self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one: no class
+        self.shift_embedding = nn.Embedding(num_shifts, embedding)
         self.code_embedding = nn.Embedding(num_codes, embedding)
         self.positions = nn.Parameter(torch.zeros(height * width, embedding))
         self.drop = nn.Dropout(dropout)
@@ -73,8 +76,9 @@ class CodePrior(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, indices, labels=None):
-        """Logits (B, T, K) of each code of the maps (B, h, w), given the codes before it and labels (B,) or None.
+    def forward(self, indices, labels=None, shifts=None):
+        """Logits (B, T, K) of each code of the maps (B, h, w), given the codes before it, and labels and shifts
+        (B,), or None for no class and no shift.
 
         Raises ValueError if maps or labels do not fit.
         """
@@ -83,17 +87,18 @@ class CodePrior(nn.Module):
             dropped = torch.rand(len(labels), device=labels.device) < self.drop_label
             labels = labels.masked_fill(dropped, self.num_classes)
         flat = self._flat(indices)                                    # (B, T)
-        start = self.label_embedding(labels).unsqueeze(1)             # (B, 1, E)
+        start = self._start(labels, shifts)                           # (B, 1, E)
         x = torch.cat([start, self.code_embedding(flat[:, :-1])], dim=1)              # (B, T, E)
         x = self.drop(x + self.positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).float()
 
-    def log_prob(self, indices, labels=None):
+    def log_prob(self, indices, labels=None, shifts=None):
         """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w)."""
-        logits = self(indices, labels)                                # (B, T, K)
-        return -F.cross_entropy(logits.transpose(1, 2), self._flat(indices), reduction="none").sum(dim=1)
+        logits = self(indices, labels, shifts)                        # (B, T, K)
+        loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")       # (B·T,)
+        return -loss.view(len(indices), -1).sum(dim=1)
 
     @torch.no_grad()
     def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
@@ -113,7 +118,7 @@ class CodePrior(nn.Module):
         B, guided = len(labels), guidance != 1
         if guided:      # the same maps once more, without their class
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        x = self.label_embedding(labels)                              # (B or 2B, E)
+        x = self._start(labels).squeeze(1)                            # (B or 2B, E)
         caches = [[] for _ in self.blocks]
         codes = []
         for position in self.positions:
@@ -130,6 +135,10 @@ class CodePrior(nn.Module):
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache)
         return self.head(self.norm(x)).squeeze(1).float()
+
+    def _start(self, labels, shifts=None):
+        return (self.label_embedding(labels)
+                + self.shift_embedding(torch.zeros_like(labels) if shifts is None else shifts)).unsqueeze(1)
 
     def _labels(self, labels, count):
         if labels is None:

@@ -1,80 +1,76 @@
-"""How good sampled digits are: recognised by a judge, near to real ones as a set, and not copied.
+"""How good sampled digits are: recognised by a classifier, near to real ones as a set, and not copied.
 
-Letters: N images, C×H×W their shape, h×w codes of one map.
+Letters: N images, h×w codes of one map, E features of the classifier.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from classifier import frechet_distance
 from data import to_model_range
+from metrics import AT_ONCE
 
-SAMPLES = 10_000
-AT_ONCE = 500
+
+class Seen(NamedTuple):
+    """What the classifier sees in N images."""
+
+    digits: torch.Tensor        # (N,) int64, the most probable one
+    features: torch.Tensor      # (N, E), what its last layer sees
 
 
 @torch.no_grad()
-def encode(model, images, device):
-    """uint8 images (N, C, H, W) → their code maps (N, h, w), on the CPU."""
-    return torch.cat([model.encode(to_model_range(some, device)).cpu() for some in images.split(AT_ONCE)])
-
-
-@torch.no_grad()
-def judged(classifier, model, maps, device):
-    """What the judge sees in decoded maps (N, h, w): the digits (N,), and the features (N, E)."""
+def look_at(classifier, batches, bar):
+    """Images as an iterable of (B, 1, H, W) in [-1, 1] → Seen, on the CPU. bar is told of them by update(n)."""
     digits, features = [], []
-    for some in maps.split(AT_ONCE):
-        seen = classifier.features(model.decode(some.to(device)))
-        features.append(seen.cpu())
-        digits.append(classifier.head(seen).argmax(dim=1).cpu())
-    return torch.cat(digits), torch.cat(features)
+    for x in batches:
+        features.append(classifier.features(x))
+        digits.append(classifier.head(features[-1]).argmax(dim=1))
+        bar.update(len(x))
+    return Seen(torch.cat(digits).cpu(), torch.cat(features).cpu())
+
+
+def real(images, device):
+    """uint8 images (N, 1, H, W), a batch at a time."""
+    return (to_model_range(some, device) for some in images.split(AT_ONCE))
+
+
+def decoded(model, maps, device):
+    """The images of code maps (N, h, w), a batch at a time."""
+    return (model.decode(some.to(device)) for some in maps.split(AT_ONCE))
 
 
 @torch.no_grad()
-def real_features(classifier, images, device):
-    """The judge's features (N, E) of real uint8 images."""
-    return torch.cat([classifier.features(to_model_range(some, device)).cpu() for some in images.split(AT_ONCE)])
+def sampled_maps(prior, labels, sampling, generator, device, bar):
+    """A map for each of labels (N,): (N, h, w). sampling: temperature, top_k and guidance of CodePrior.sample()."""
+    maps = []
+    for some in labels.split(AT_ONCE):
+        maps.append(prior.sample(some.to(device), **sampling, generator=generator).cpu())
+        bar.update(len(some))
+    return torch.cat(maps)
 
 
-def noise_maps(model, count, height, width, generator):
-    """Code maps nearest to Gaussian noise, as generate.py --input random draws them: (count, h, w)."""
+@torch.no_grad()
+def noise_maps(model, count, height, width, generator, device):
+    """The codes nearest to Gaussian noise, as the published sampling draws them: (count, h, w)."""
     z = torch.randn(count, model.quantizer.dim, height, width, generator=generator)
-    return torch.cat([model.quantizer(some.to(model.quantizer.codebook.device)).indices.cpu()
-                      for some in z.split(AT_ONCE)])
+    return torch.cat([model.quantizer(some.to(device)).indices.cpu() for some in z.split(AT_ONCE)])
 
 
-def memorised(samples, train_maps):
-    """The share of sampled maps that stand, code for code, among the training maps (N, h, w)."""
-    known = {row.tobytes() for row in train_maps.flatten(1).short().numpy()}
-    return sum(row.tobytes() in known for row in samples.flatten(1).short().numpy()) / len(samples)
+def frechet_distance(one, other):
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two sets of features (N, E), (M, E), as Gaussians, in float64.
 
-
-@torch.no_grad()
-def sample_figures(model, prior, classifier, train_set, test_set, device, generator):
-    """The prior's figures, as a plain dictionary.
-
-    nats_per_code and prior_bits_per_pixel over the test set; for 10,000 samples, a thousand of each
-    class at temperature 1 without guidance, the share recognised as the digit asked for, the Fréchet
-    distance to the test set, and the share memorised; the first two for reconstructions of the test
-    set, the distance for decoded noise, as yardsticks.
+    Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …", there with Inception's
+    features. The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are
+    real and not negative but for rounding.
     """
-    test_maps, train_maps = (encode(model, part.images, device) for part in (test_set, train_set))
-    log_probs = torch.cat([prior.log_prob(maps.to(device), labels.to(device)).cpu().double()
-                           for maps, labels in zip(test_maps.split(AT_ONCE), test_set.labels.split(AT_ONCE))])
-    nats = -log_probs.sum().item() / test_maps.numel()
-    labels = torch.arange(prior.num_classes).repeat_interleave(SAMPLES // prior.num_classes)
-    samples = torch.cat([prior.sample(some.to(device), generator=generator).cpu() for some in labels.split(AT_ONCE)])
-    digits, features = judged(classifier, model, samples, device)
-    again, again_features = judged(classifier, model, test_maps, device)
-    _, noise_features = judged(classifier, model, noise_maps(model, SAMPLES, *test_maps.shape[1:], generator), device)
-    real = real_features(classifier, test_set.images, device)
-    return {
-        "nats_per_code": nats,
-        "prior_bits_per_pixel": nats / torch.log(torch.tensor(2.0)).item() * test_maps[0].numel()
-        / test_set.images[0].numel(),
-        "recognised": (digits == labels).double().mean().item(),
-        "frechet": frechet_distance(features, real),
-        "recognised_reconstructions": (again == test_set.labels).double().mean().item(),
-        "frechet_reconstructions": frechet_distance(again_features, real),
-        "frechet_random": frechet_distance(noise_features, real),
-        "memorised": memorised(samples, train_maps),
-    }
+    one, other = one.double(), other.double()
+    difference = one.mean(dim=0) - other.mean(dim=0)
+    covariances = [torch.cov(features.T) for features in (one, other)]
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    return (difference.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+
+
+def memorised(maps, training_maps):
+    """The share of maps (N, h, w) that stand, code for code, among training_maps (M, h, w)."""
+    known = {row.tobytes() for row in training_maps.flatten(1).numpy()}
+    return sum(row.tobytes() in known for row in maps.flatten(1).numpy()) / len(maps)

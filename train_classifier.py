@@ -15,6 +15,7 @@ import checkpoint
 import cli
 import data
 from classifier import DigitClassifier
+from metrics import AT_ONCE
 
 TURN, ZOOM, MOVE = math.radians(12), 0.1, 0.1       # at most: radians, of the size, of the half width
 WEIGHT_DECAY = 0.05
@@ -39,6 +40,8 @@ def get_parser():
                         help=f"seed of weights, data order and augmentation {shown}")
     parser.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
                         help=f"cpu, cuda or cuda:N {shown}")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace a classifier of that name (default: leave it untouched and stop)")
     return parser
 
 
@@ -54,6 +57,8 @@ def augment(x):
 
 def train(args):
     target = Path("models", f"{args.output}.pt")
+    with cli.named("--output", args.output):
+        cli.check_target(target, args.overwrite)
     with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
         train_set, test_set = data.load(args.dataset, args.data_folder)
     torch.manual_seed(args.seed)
@@ -84,10 +89,10 @@ def train(args):
 
 @torch.no_grad()
 def test_accuracy(model, test_set, device):
-    """The share of test Images that the model recognises, in evaluation mode."""
+    """The share of test Images that the classifier recognises, in evaluation mode."""
     model.eval()
     right = 0
-    for images, labels in data.batches(test_set, 500):
+    for images, labels in data.batches(test_set, AT_ONCE):
         right += (model(data.to_model_range(images, device)).argmax(dim=1).cpu() == labels).sum().item()
     return right / len(test_set)
 

@@ -5,7 +5,6 @@ transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Witho
 """
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
-import data
 import tracking
+from metrics import code_maps, nats_per_code
 from prior import CodePrior
 
-ENCODED_AT_ONCE = 500           # images
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 PATIENCE = 3                    # epochs without a lower test loss, then the training stops
@@ -46,14 +44,14 @@ def get_parser():
                        help=f"share of maps learned without their class {shown}")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=cli.whole_number(1), default=128, metavar="N",
+    group.add_argument("--batch-size", type=cli.whole_number(1), default=32, metavar="N",
                        help=f"code maps per step {shown}")
     group.add_argument("--num-epochs", type=cli.whole_number(1), default=15, metavar="N",
                        help=f"passes over the training set {shown}")
-    group.add_argument("--lr", type=cli.number(above=0), default=1e-3, metavar="RATE",
+    group.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
     group.add_argument("--shift", type=cli.whole_number(0), default=1, metavar="PIXELS",
-                       help=f"training images are shifted by up to so many pixels before they are encoded {shown}")
+                       help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")
     group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
     group.add_argument("--overwrite", action="store_true",
@@ -62,16 +60,6 @@ def get_parser():
 
 
 # ---------------------------------------------------------------- code maps
-
-@torch.no_grad()
-def encode(model, images, device, bar):
-    """uint8 images (N, C, H, W) → their code maps (N, h, w), on the CPU."""
-    maps = []
-    for some in images.split(ENCODED_AT_ONCE):
-        maps.append(model.encode(data.to_model_range(some, device)).cpu())
-        bar.update(len(some))
-    return torch.cat(maps)
-
 
 def shifted(images, dy, dx):
     """Images moved down by dy and right by dx pixels, black where nothing comes in."""
@@ -82,14 +70,18 @@ def shifted(images, dy, dx):
     return moved
 
 
-def encode_sets(model, train_set, test_set, shift, device):
-    """→ training maps (S, N, h, w), one set for each of S shifts, and test maps (N, h, w)."""
+def offsets_up_to(shift):
+    """All (dy, dx) of at most so many pixels each, (0, 0) first."""
     steps = range(-shift, shift + 1)
-    offsets = [(dy, dx) for dy in steps for dx in steps]
+    return sorted(((dy, dx) for dy in steps for dx in steps), key=lambda offset: offset != (0, 0))
+
+
+def encode_sets(model, train_set, test_set, offsets, device):
+    """→ training maps (S, N, h, w), one set for each of S offsets, and test maps (N, h, w)."""
     with tqdm(total=len(offsets) * len(train_set) + len(test_set), desc="encoding", unit="img", unit_scale=True,
               leave=False, disable=None) as bar:
-        train = torch.stack([encode(model, shifted(train_set.images, dy, dx), device, bar) for dy, dx in offsets])
-        return train, encode(model, test_set.images, device, bar)
+        train = torch.stack([code_maps(model, shifted(train_set.images, dy, dx), device, bar) for dy, dx in offsets])
+        return train, code_maps(model, test_set.images, device, bar)
 
 
 # ---------------------------------------------------------------- training
@@ -113,7 +105,8 @@ def train_one_epoch(prior, maps, labels, optimizer, schedule, args, order, bar):
     total = 0
     for rows in torch.randperm(N, generator=order).split(args.batch_size):
         batch = maps[shift_of[rows], rows].to(args.device)            # (B, h, w)
-        loss = -prior.log_prob(batch, labels[rows].to(args.device)).mean() / codes
+        log_prob = prior.log_prob(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
+        loss = -log_prob.mean() / codes
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
@@ -124,15 +117,6 @@ def train_one_epoch(prior, maps, labels, optimizer, schedule, args, order, bar):
     return (total / N).item()
 
 
-@torch.no_grad()
-def test_nats(prior, maps, labels, batch_size, device):
-    """Mean nats per code of test maps (N, h, w) with their labels, in evaluation mode."""
-    prior.eval()
-    total = sum(prior.log_prob(some.to(device), their.to(device)).double().sum().item()
-                for some, their in zip(maps.split(batch_size), labels.split(batch_size)))
-    return -total / maps.numel()
-
-
 def logs_of(path):
     """logs/NAME for models/NAME/FILE, and logs/FOLDER for a model in another folder."""
     folder = path.resolve().parent
@@ -140,34 +124,27 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
-def check_target(path, overwrite):
-    """Raise ValueError or OSError if a prior stands there, or could not be written. Touches nothing."""
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} holds a prior already: replace it with --overwrite")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"no permission to write in {path.parent}")
-
-
 def train(args):
     # Everything that can be wrong is found before a file is written.
     model, contents, path = cli.open_model(args)
     target, logs = Path(path).with_name("prior.pt"), logs_of(Path(path))
     with cli.named("--model", path):
-        check_target(target, args.overwrite)
+        cli.check_target(target, args.overwrite)
     dataset, train_set, test_set = cli.open_data(args, contents)
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
+    offsets = offsets_up_to(args.shift)
     C, H, W = contents["dataset"]["shape"]
     config = {"num_codes": model.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
               "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
-              "drop_label": args.drop_label}
+              "drop_label": args.drop_label, "num_shifts": len(offsets)}
     with cli.named("--width", args.width):
         prior = CodePrior(**config).to(args.device)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = warm_up_then_cosine(optimizer, args.num_epochs * math.ceil(len(train_set) / args.batch_size))
 
     print(f"Learning the code maps of {path} on {dataset}: {len(train_set):,} images, {len(test_set):,} to test.")
-    train_maps, test_maps = encode_sets(model, train_set, test_set, args.shift, args.device)
+    train_maps, test_maps = encode_sets(model, train_set, test_set, offsets, args.device)
     bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))            # of one nat per code
     belongs_to = checkpoint.sha256(path)
     with cli.named("--model", path):
@@ -186,7 +163,7 @@ def train(args):
         if not math.isfinite(trained):
             raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is no longer a finite number, "
                              "try a lower rate")
-        tested = test_nats(prior, test_maps, test_set.labels, args.batch_size, args.device)
+        tested = nats_per_code(prior, test_maps, test_set.labels, args.device)
         tracking.log_prior(writer, epoch, trained, tested, tested * bits_per_pixel,
                            model.decode(samples(prior, args.seed, args.device)))
         if tested < best:

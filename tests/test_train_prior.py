@@ -1,6 +1,8 @@
-"""train_prior.py and generate.py --input prior as a user runs them."""
+"""train_prior.py, generate.py --input prior and evaluate.py --prior as a user runs them."""
 
+import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -12,8 +14,7 @@ from PIL import Image
 import checkpoint
 import data
 
-SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--num-epochs", "2", "--shift", "0",
-         "--lr", "3e-3")
+SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--num-epochs", "2", "--batch-size", "64")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,47 @@ def test_generate_draws_from_the_prior_beside_the_model(folder, tmp_path):
         assert np.abs(cells - expected).max() <= 1
 
 
+def test_evaluate_measures_the_prior_and_its_digits(folder, tmp_path):
+    run = folder / "models" / "run"
+    done = run_script("evaluate.py", "--model", run / "best.pt", "--prior", run / "prior.pt", "--seed", 1,
+                      "--temperature", 0.8, "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())["prior"]
+    model, _ = checkpoint.load_model(run / "best.pt")
+    prior, contents = checkpoint.load_prior(run / "prior.pt", run / "best.pt")
+    classifier, _ = checkpoint.load_classifier(checkpoint.CLASSIFIER)
+    train_set, test_set = data.load("MNIST-10k", "MNIST")
+    assert figures["nats_per_code"] == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
+    assert figures["bits_per_pixel"] == pytest.approx(contents["test"]["bits_per_pixel"], abs=1e-4)
+
+    generator, labels = torch.Generator().manual_seed(1), torch.arange(10).repeat_interleave(1000)
+    with torch.no_grad():
+        maps = torch.cat([prior.sample(some, 0.8, generator=generator) for some in labels.split(500)])
+        known = {tuple(row) for row in model.encode(data.to_model_range(train_set.images)).flatten(1).tolist()}
+        drawn = model.decode(maps)
+        right = (classifier(drawn).argmax(dim=1) == labels).double().mean().item()
+        x = data.to_model_range(test_set.images)
+        again = (classifier(model(x).reconstruction).argmax(dim=1) == test_set.labels).double().mean().item()
+        accuracy = (classifier(x).argmax(dim=1) == test_set.labels).double().mean().item()
+        moved = (classifier.features(drawn).mean(dim=0) - classifier.features(x).mean(dim=0)).square().sum().item()
+    assert figures["samples"]["recognised"] == pytest.approx(right, abs=0.002)
+    assert figures["reconstructions"]["recognised"] == pytest.approx(again, abs=0.002)
+    assert figures["test_set"]["recognised"] == pytest.approx(accuracy, abs=0.002)
+    assert figures["memorised"] == sum(tuple(row) in known for row in maps.flatten(1).tolist()) / 10_000
+    assert figures["samples"]["frechet"] > moved > 0                    # the means' part of it
+    assert abs(figures["test_set"]["frechet"]) < 1e-3 < figures["reconstructions"]["frechet"]
+    assert figures["samples"]["frechet"] < figures["random"]["frechet"]
+    assert figures["random"]["recognised"] < 0.2
+
+    rows = re.findall(r"^(\S.+?) {2,}([\d.]+)%? +(\S+)", done.stdout, flags=re.MULTILINE)
+    said = {name: values for name, *values in rows}
+    assert float(said["nats per code"][0]) == round(figures["nats_per_code"], 4)
+    for title, name in (("10,000 samples", "samples"), ("reconstructed test set", "reconstructions"),
+                        ("decoded noise", "random"), ("test set", "test_set")):
+        assert float(said[title][0]) == pytest.approx(100 * figures[name]["recognised"], abs=0.0051)
+        assert float(said[title][1]) == pytest.approx(figures[name]["frechet"], abs=0.0051)
+
+
 def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "models", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
@@ -124,7 +166,14 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
             ("generate.py", ["--model", "other.pt", *prior, "--prior", "models/run/prior.pt"],
              "belongs to another VQ-VAE than other.pt"),
             ("generate.py", ["--model", "models/run/prior.pt", *prior], "not a checkpoint of a VQ-VAE"),
-            ("train_prior.py", model, "models/run/prior.pt holds a prior already"),
+            ("generate.py", [*model, "--label", "3"], "--label 3: is used with --input prior alone"),
+            ("generate.py", [*model, "--input", "random", "--temperature", "0.5"], "--temperature 0.5: is used with"),
+            ("evaluate.py", [*model, "--guidance", "2"], "--guidance 2.0: is used with --prior alone"),
+            ("evaluate.py", [*model, "--prior", "no.pt"], "--prior no.pt: No such file"),
+            ("evaluate.py", ["--model", "other.pt", "--prior", "models/run/prior.pt"], "another VQ-VAE than other.pt"),
+            ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--classifier", "other.pt"],
+             "--classifier other.pt: the file is not a checkpoint of a classifier"),
+            ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt is there already"),
             ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--width 10"),
             ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
             ("train_prior.py", ["--model", "no.pt"], "--model no.pt")):
