@@ -1,19 +1,21 @@
-# make        train on the bundled digits, write two grids of digits, say where everything is
+# make        train on the bundled digits, write three grids of digits, say where everything is
 # make test   run the tests
 # Both set up .venv first, once. With another Python: make PYTHON=python3.12
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := VQ-VAE.py checkpoint.py cli.py data.py metrics.py modules.py tracking.py vector_quantizer.py
+CODE := VQ-VAE.py checkpoint.py classifier.py cli.py data.py metrics.py modules.py prior.py tracking.py vector_quantizer.py
 
 all: models/$(NAME)/trained
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input random --filename $(NAME)-random
+	$(RUN) generate.py --input prior --filename digits
 	@echo
 	@echo "The model:             models/$(NAME)/best.pt"
 	@echo "Reconstructed digits:  generatedImages/$(NAME)-reconstructed.png"
 	@echo "Decoded noise:         generatedImages/$(NAME)-random.png"
+	@echo "New digits:            generatedImages/digits.png"
 	@echo "The logs:              logs/$(NAME)"
 	@echo "To look at the logs:   .venv/bin/tensorboard --logdir logs, then open http://localhost:6006"
 

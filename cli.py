@@ -122,7 +122,10 @@ def open_prior(args, model_path):
     """The prior that the arguments name, else the one beside the model at model_path. → prior, its path."""
     path = args.prior or str(Path(model_path).with_name("prior.pt"))
     with named("--prior", path):
-        return checkpoint.load_prior(path, model_path, args.device)[0], path
+        prior, _ = checkpoint.load_prior(path, model_path, args.device)
+    if not args.prior:
+        print(f"No --prior given: using the one beside the model, {path}", file=sys.stderr)
+    return prior, path
 
 
 def check_target(path, overwrite):

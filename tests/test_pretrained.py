@@ -1,4 +1,4 @@
-"""The shipped model, its record, and the scripts that use it when no --model is given."""
+"""The shipped model, prior and classifier, their record, and the scripts that use them when none is named."""
 
 import hashlib
 import re
@@ -7,14 +7,17 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, events, import_script, run_script
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
+import data
 
 RECORD = (ROOT / "model.txt").read_text()
 TRACK = (ROOT / "Training track for VQ-VAE.txt").read_text()
+PRIOR = checkpoint.PRETRAINED.with_name("prior.pt")
 LOGS = ROOT / "logs_VQ-VAE"
 
 
@@ -70,6 +73,30 @@ def test_scripts_use_it_without_model_and_say_so(tmp_path):
     assert np.median(grid) < 10 and grid.max() > 240                               # white digits on black
     mse = float(re.search(r"test MSE +([\d.]+)", done.stdout)[1])
     assert mse < 0.007                              # these digits are among those that it was trained on
+
+
+def test_prior_and_classifier_are_the_files_that_model_txt_names():
+    for path, largest in ((PRIOR, 8_000_000), (checkpoint.CLASSIFIER, 1_000_000)):
+        assert f"pretrained/{path.name}" in RECORD and path.stat().st_size < largest
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
+    _, contents = checkpoint.load_prior(PRIOR, checkpoint.PRETRAINED)
+    assert contents["dataset"] == "MNIST" and contents["test"]["nats_per_code"] <= 2.10
+    assert figure("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=5e-5)
+    _, contents = checkpoint.load_classifier(checkpoint.CLASSIFIER)
+    assert contents["dataset"] == "MNIST" and contents["test"]["accuracy"] >= 0.994
+    assert figure("accuracy") == pytest.approx(100 * contents["test"]["accuracy"], abs=0.0051)
+
+
+def test_new_digits_are_the_digits_asked_for(tmp_path):
+    done = run_script("generate.py", "--input", "prior", "--filename", "digits", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "generatedImages/digits.png\n" and "pretrained/prior.pt" in done.stderr
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / done.stdout.strip()).convert("L")))
+    cells = torch.stack([grid[2 + 30 * i:, 2 + 30 * j:][:28, :28] for i in range(10) for j in range(10)])
+    classifier, _ = checkpoint.load_classifier(checkpoint.CLASSIFIER)
+    with torch.no_grad():
+        digits = classifier(data.to_model_range(cells.unsqueeze(1))).argmax(dim=1)
+    assert (digits == torch.arange(10).repeat_interleave(10)).sum() >= 93
 
 
 def test_sizes_that_are_not_its_own_are_refused(tmp_path):

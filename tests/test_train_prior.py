@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import events, import_script, run_script, snapshot
+from helpers import ROOT, events, import_script, run_script, snapshot
 from PIL import Image
 
 import checkpoint
@@ -45,6 +45,8 @@ def test_prior_is_written_beside_the_model_and_logged_with_it(folder):
         assert np.allclose([event.value for event in run.Scalars(tag)], columns[column], atol=1e-4)
     said = (folder / "stdout.txt").read_text()
     assert "models/run/prior.pt" in said and "--input prior" in said
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{tag}`" in readme for tag in run.Tags()["scalars"] + run.Tags()["images"])
 
 
 def test_test_loss_is_that_of_the_code_maps_and_beats_counting_codes(folder):
