@@ -38,15 +38,15 @@ def get_parser():
                        help=f"size of its hidden vectors {shown}")
     group.add_argument("--heads", type=cli.whole_number(1), default=4, metavar="N",
                        help=f"attention heads, a divisor of the width {shown}")
-    group.add_argument("--dropout", type=cli.number(minimum=0, below=1), default=0.1, metavar="P",
-                       help=f"share of activations dropped in training {shown}")
+    group.add_argument("--dropout", type=cli.number(minimum=0, below=1), default=0.0, metavar="P",
+                       help=f"share of activations dropped in training, against overfitting {shown}")
     group.add_argument("--drop-label", type=cli.number(minimum=0, below=1), default=0.1, metavar="P",
                        help=f"share of maps learned without their class {shown}")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=cli.whole_number(1), default=32, metavar="N",
                        help=f"code maps per step {shown}")
-    group.add_argument("--num-epochs", type=cli.whole_number(1), default=15, metavar="N",
+    group.add_argument("--num-epochs", type=cli.whole_number(1), default=12, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")

@@ -53,6 +53,16 @@ def test_label_reaches_every_code_and_its_absence_is_a_class_of_its_own():
     assert not torch.equal(prior(maps), one)
 
 
+def test_shift_reaches_every_code_and_none_is_shift_0():
+    prior, maps, labels = a_prior(5, 3, 3, num_shifts=9), torch.randint(5, (2, 3, 3)), torch.tensor([0, 2])
+    one, two = (prior(maps, labels, torch.tensor([shift, shift])) for shift in (0, 7))
+    assert ((one - two).abs().amax(dim=2) > 0).all()
+    assert torch.equal(prior(maps, labels), one)
+    with torch.no_grad():           # a shift of which no code could follow but the first
+        prior.shift_embedding.weight[1:] = 1e4
+    assert prior.sample(labels.repeat(50), generator=torch.Generator().manual_seed(0)).unique().numel() > 1
+
+
 def test_log_prob_is_the_summed_cross_entropy():
     prior, maps, labels = a_prior(5, 3, 4), torch.randint(5, (6, 3, 4)), torch.randint(4, (6,))
     logits = prior(maps, labels).double()
