@@ -102,7 +102,7 @@ def prepare_folders(models, logs):
     """Make the run's folders, without the files of a former run. Other files in them are kept."""
     for folder in (models, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.pt", "args.json", tracking.TRACK):
+    for pattern in ("*.pt", "args.json", tracking.TRACK, tracking.PRIOR_TRACK):
         for path in models.glob(pattern):
             path.unlink()
     tracking.remove_logs(logs)

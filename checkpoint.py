@@ -103,6 +103,11 @@ def _check_kind(contents, kind, name):
                          f"this version of the code reads format {FORMAT}")
 
 
+def check_kind(path, kind):
+    """Raise ValueError if the file at path is no checkpoint of a kind: "prior" or "classifier"."""
+    _check_kind(_read(path, "cpu"), kind, f"a {kind}")
+
+
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     """The model in a checkpoint, in evaluation mode, and the checkpoint's contents.
 
@@ -155,6 +160,8 @@ def _rebuilt(kind, contents, device):
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError("the checkpoint's weights do not fit its configuration: "
                          f"{' '.join(str(error).split())}") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError("the checkpoint's weights are not all finite numbers")
     return model.eval()
 
 

@@ -102,11 +102,11 @@ def add_sampling_arguments(parser, without):
     shown = "(default: %(default)s)"
     parser.add_argument("--prior", type=file_name, metavar="PATH",
                         help=f"checkpoint of train_prior.py (default: {without})")
-    parser.add_argument("--temperature", type=number(above=0), default=1.0, metavar="T",
+    parser.add_argument("--temperature", type=number(minimum=0.01, below=100), default=1.0, metavar="T",
                         help=f"below 1 the probable codes become more probable {shown}")
     parser.add_argument("--top-k", type=whole_number(1), metavar="N",
                         help="draw from the N most probable codes alone (default: from all)")
-    parser.add_argument("--guidance", type=number(minimum=0), default=1.0, metavar="G",
+    parser.add_argument("--guidance", type=number(minimum=0, below=100), default=1.0, metavar="G",
                         help=f"above 1 the digit weighs more, 0 forgets it, 1 is the plain prior {shown}")
 
 
@@ -122,16 +122,19 @@ def open_prior(args, model_path):
     """The prior that the arguments name, else the one beside the model at model_path. → prior, its path."""
     path = args.prior or str(Path(model_path).with_name("prior.pt"))
     with named("--prior", path):
-        prior, _ = checkpoint.load_prior(path, model_path, args.device)
-    if not args.prior:
-        print(f"No --prior given: using the one beside the model, {path}", file=sys.stderr)
-    return prior, path
+        return checkpoint.load_prior(path, model_path, args.device)[0], path
 
 
-def check_target(path, overwrite):
-    """Raise ValueError or OSError if a file is there and is to be kept, or could not be written. Touches nothing."""
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already: replace it with --overwrite")
+def check_target(path, kind, overwrite):
+    """Raise ValueError or OSError if a checkpoint of a kind could not be written to path. Touches nothing.
+
+    One that stands there is replaced with --overwrite alone, and no file of another kind is.
+    """
+    if path.is_file():
+        if not overwrite:
+            raise ValueError(f"{path} is there already: replace it with --overwrite")
+        with named("--overwrite", path):
+            checkpoint.check_kind(path, kind)
     folder = next(folder for folder in path.parents if folder.exists())
     if path.is_dir() or not folder.is_dir():
         raise ValueError(f"{path if path.is_dir() else folder} is in the way")
@@ -141,15 +144,16 @@ def check_target(path, overwrite):
 
 # ---------------------------------------------------------------- types for add_argument
 
-def whole_number(minimum):
-    """A type for whole numbers from minimum on."""
+def whole_number(minimum, maximum=2**63 - 1):
+    """A type for whole numbers from minimum on, up to maximum."""
     def convert(text):
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or not minimum <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
+        if value is None or not minimum <= value <= maximum:
+            bound = f"from {minimum} on" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
         return value
     return convert
 

@@ -130,15 +130,15 @@ def prior_table(measured):
 
 # ---------------------------------------------------------------- JSON
 
-def check_json(path, model):
-    """Raise ValueError if the file could not be written, or is the model's own. Touches nothing."""
+def check_json(path, inputs):
+    """Raise ValueError if the file could not be written, or is one of the inputs. Touches nothing."""
     existing = path if path.exists() else path.parent
     if not existing.exists():
         raise ValueError(f"there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError("is a folder, give the name of a file")
-    if path.exists() and Path(model).exists() and path.samefile(model):
-        raise ValueError("is the model's own file, give another name")
+    if path.exists() and any(Path(given).exists() and path.samefile(given) for given in inputs):
+        raise ValueError("is a file that is to be read, give another name")
     if not os.access(existing, os.W_OK):
         raise ValueError("no permission to write there")
 
@@ -154,7 +154,8 @@ def write_json(path, contents):
 def measure(args):
     if args.json:
         with cli.named("--json", args.json):
-            check_json(args.json, args.model or checkpoint.PRETRAINED)
+            check_json(args.json, (args.model or checkpoint.PRETRAINED, args.classifier or checkpoint.CLASSIFIER,
+                                   *([args.prior] if args.prior else [])))
     model, contents, path = cli.open_model(args)
     if args.prior:
         prior, prior_path = cli.open_prior(args, path)

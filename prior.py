@@ -52,7 +52,7 @@ class CodePrior(nn.Module):
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
                  dropout=0.1, drop_label=0.1, num_shifts=1):
         super().__init__()
-        if min(num_codes, height, width, num_classes, layers, embedding, heads) < 1 or embedding % heads:
+        if min(num_codes, height, width, num_classes, num_shifts, layers, embedding, heads) < 1 or embedding % heads:
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
                              f"{layers} layers, width {embedding} and {heads} heads: sizes are whole numbers "
                              "from 1 on, and the heads divide the width")

@@ -13,7 +13,7 @@ from data import to_unit_range
 from metrics import perplexity
 from modules import Losses
 
-TRACK = "track.txt"
+TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
 PRIOR_SUFFIX = ".prior"         # of the event file of train_prior.py

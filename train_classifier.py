@@ -58,7 +58,7 @@ def augment(x):
 def train(args):
     target = Path("models", f"{args.output}.pt")
     with cli.named("--output", args.output):
-        cli.check_target(target, args.overwrite)
+        cli.check_target(target, "classifier", args.overwrite)
     with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
         train_set, test_set = data.load(args.dataset, args.data_folder)
     torch.manual_seed(args.seed)
@@ -80,6 +80,9 @@ def train(args):
             loss.backward()
             optimizer.step()
             schedule.step()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is no longer a finite number, "
+                             "try a lower rate")
         accuracy = test_accuracy(model, test_set, args.device)
         print(f"epoch {epoch}: test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
     checkpoint.save(target, {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset,

@@ -50,7 +50,7 @@ def get_parser():
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
-    group.add_argument("--shift", type=cli.whole_number(0), default=1, metavar="PIXELS",
+    group.add_argument("--shift", type=cli.whole_number(0, 4), default=1, metavar="PIXELS",
                        help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")
     group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
@@ -124,13 +124,27 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
+def start_records(logs, track):
+    """Replace the event file and the text track of a former training by new ones. → the writer."""
+    tracking.remove_prior_logs(logs)
+    writer = SummaryWriter(logs, filename_suffix=tracking.PRIOR_SUFFIX)
+    track.unlink(missing_ok=True)
+    tracking.tell(track, "  ".join(COLUMNS))
+    return writer
+
+
 def train(args):
     # Everything that can be wrong is found before a file is written.
     model, contents, path = cli.open_model(args)
     target, logs = Path(path).with_name("prior.pt"), logs_of(Path(path))
     with cli.named("--model", path):
-        cli.check_target(target, args.overwrite)
+        belongs_to = checkpoint.sha256(path)
+        cli.check_target(target, "prior", args.overwrite)
+        cli.check_target(logs / "events", "prior", args.overwrite)
     dataset, train_set, test_set = cli.open_data(args, contents)
+    if list(train_set.images.shape[1:]) != contents["dataset"]["shape"]:
+        raise ValueError(f"--model {path}: its images are {contents['dataset']['shape']}, "
+                         f"those of --dataset {dataset} {list(train_set.images.shape[1:])}")
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     offsets = offsets_up_to(args.shift)
@@ -138,32 +152,32 @@ def train(args):
     config = {"num_codes": model.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
               "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
               "drop_label": args.drop_label, "num_shifts": len(offsets)}
-    with cli.named("--width", args.width):
-        prior = CodePrior(**config).to(args.device)
+    try:
+        with cli.named(f"--heads {args.heads} --width", args.width):
+            prior = CodePrior(**config).to(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--layers {args.layers} --width {args.width}: there is no memory for a prior of this size"
+                         ) from error
     optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = warm_up_then_cosine(optimizer, args.num_epochs * math.ceil(len(train_set) / args.batch_size))
 
     print(f"Learning the code maps of {path} on {dataset}: {len(train_set):,} images, {len(test_set):,} to test.")
     train_maps, test_maps = encode_sets(model, train_set, test_set, offsets, args.device)
     bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))            # of one nat per code
-    belongs_to = checkpoint.sha256(path)
-    with cli.named("--model", path):
-        tracking.remove_prior_logs(logs)
-        logs.mkdir(parents=True, exist_ok=True)
-    writer = SummaryWriter(logs, filename_suffix=tracking.PRIOR_SUFFIX)
-    track = target.with_name("prior-track.txt")
-    track.unlink(missing_ok=True)
-    tracking.tell(track, "  ".join(COLUMNS))
+    track, writer = target.with_name(tracking.PRIOR_TRACK), None
     best, best_epoch = math.inf, 0
     for epoch in range(1, args.num_epochs + 1):
         start = time.perf_counter()
         with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="map", unit_scale=True,
                   leave=False, disable=None) as bar:
             trained = train_one_epoch(prior, train_maps, train_set.labels, optimizer, schedule, args, order, bar)
-        if not math.isfinite(trained):
+        tested = nats_per_code(prior, test_maps, test_set.labels, args.device)
+        if not math.isfinite(trained + tested):
             raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is no longer a finite number, "
                              "try a lower rate")
-        tested = nats_per_code(prior, test_maps, test_set.labels, args.device)
+        if writer is None:          # only now, so that a training that fails at once leaves a former one as it was
+            with cli.named("--model", path):
+                writer = start_records(logs, track)
         tracking.log_prior(writer, epoch, trained, tested, tested * bits_per_pixel,
                            model.decode(samples(prior, args.seed, args.device)))
         if tested < best:

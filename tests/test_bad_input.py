@@ -57,6 +57,12 @@ WRONG += [("generate.py", "--seed", "-1")]
 WRONG += [("generate.py", "--filename", value) for value in ("../elsewhere", "/tmp/elsewhere", "")]
 WRONG += [(script, "--device", value) for script in ("VQ-VAE.py", "generate.py", "evaluate.py")
           for value in ("gpu", "cuda:x", "cuda:", "cpu:3")]
+WRONG += [("train_prior.py", flag, value) for flag in ("--layers", "--width", "--heads", "--batch-size", "--num-epochs")
+          for value in ("0", "2.5", "many")]
+WRONG += [("train_prior.py", flag, value) for flag in ("--dropout", "--drop-label") for value in ("-0.1", "1", "nan")]
+WRONG += [("train_prior.py", "--shift", "-1"), ("train_prior.py", "--lr", "0"), ("train_prior.py", "--device", "gpu"),
+          ("train_classifier.py", "--num-epochs", "0"), ("train_classifier.py", "--device", "gpu"),
+          ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1")]
 
 
 @pytest.mark.parametrize("script, flag, value", WRONG)

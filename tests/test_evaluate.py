@@ -79,7 +79,7 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(trained, 
     shutil.copy(trained / "models" / "run" / "best.pt", "model.pt")
     before = snapshot(tmp_path)
     for name, words in (("no/x.json", "there is no folder no"), ("folder.json", "is a folder"),
-                        ("model.pt", "is the model's own file")):
+                        ("model.pt", "is a file that is to be read")):
         assert f"--json {name}: {words}" in refuse(["--model", "model.pt", "--json", name], capsys)
     assert "--model missing.pt" in refuse(["--model", "missing.pt", "--json", "old.json"], capsys)
     assert snapshot(tmp_path) == before

@@ -58,9 +58,6 @@ def test_shift_reaches_every_code_and_none_is_shift_0():
     one, two = (prior(maps, labels, torch.tensor([shift, shift])) for shift in (0, 7))
     assert ((one - two).abs().amax(dim=2) > 0).all()
     assert torch.equal(prior(maps, labels), one)
-    with torch.no_grad():           # a shift of which no code could follow but the first
-        prior.shift_embedding.weight[1:] = 1e4
-    assert prior.sample(labels.repeat(50), generator=torch.Generator().manual_seed(0)).unique().numel() > 1
 
 
 def test_log_prob_is_the_summed_cross_entropy():
@@ -74,7 +71,7 @@ def test_log_prob_is_the_summed_cross_entropy():
 @pytest.mark.parametrize("temperature, top_k, guidance", [(1, None, 1), (0.5, None, 1), (2, 2, 1), (1, None, 2.5)])
 def test_cached_samples_are_those_of_the_whole_model(temperature, top_k, guidance):
     """Against a slow sampler that runs the whole map through the model for each code."""
-    prior, labels = a_prior(6, 3, 4), torch.tensor([0, 1, 2, 3, 4])
+    prior, labels = a_prior(6, 3, 4, num_shifts=9), torch.tensor([0, 1, 2, 3, 4])
     cached = prior.sample(labels, temperature, top_k, guidance, torch.Generator().manual_seed(7))
     generator, maps = torch.Generator().manual_seed(7), torch.zeros(5, 3, 4, dtype=torch.int64)
     for t in range(12):
@@ -131,7 +128,7 @@ def test_labels_are_dropped_in_training_alone():
     assert torch.equal(prior.train()(maps, labels), prior(maps))
 
 
-def test_sampling_leaves_the_mode_and_the_random_state(monkeypatch):
+def test_sampling_leaves_the_mode_and_the_random_state():
     prior, state = a_prior(), torch.get_rng_state()
     for mode in (True, False):
         prior.train(mode).sample(torch.tensor([0, 1]), generator=torch.Generator().manual_seed(0))

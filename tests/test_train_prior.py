@@ -154,6 +154,12 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     contents = checkpoint.load("models/run/best.pt")
     checkpoint.save("other.pt", {**contents, "epoch": 99})
+    (tmp_path / "sub").mkdir()
+    checkpoint.save("sub/prior.pt", contents)
+    checkpoint.save("wide.pt", {**contents, "dataset": {"name": "MNIST", "shape": [1, 32, 32]}})
+    broken = torch.load("models/run/prior.pt", weights_only=True)
+    broken["model"]["head.bias"][3] = torch.nan
+    torch.save(broken, "broken.pt")
     before = snapshot(tmp_path)
     model, prior = ["--model", "models/run/best.pt"], ["--input", "prior"]
     for script, arguments, words in (
@@ -176,14 +182,38 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
             ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--classifier", "other.pt"],
              "--classifier other.pt: the file is not a checkpoint of a classifier"),
             ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt is there already"),
-            ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--width 10"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--heads 4 --width 10"),
             ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
+            ("train_prior.py", ["--model", "other.pt", "--shift", "5"], "'5' is not a whole number from 0 to 4"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "1000000000000"], "there is no memory for a prior"),
+            ("train_prior.py", ["--model", "sub/prior.pt", "--overwrite"], "not a checkpoint of a prior"),
+            ("train_prior.py", ["--model", "wide.pt"], "--model wide.pt: its images are [1, 32, 32]"),
+            ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--json", "models/run/prior.pt"],
+             "--json models/run/prior.pt: is a file that is to be read"),
+            ("generate.py", [*model, *prior, "--guidance", "1e39"], "--guidance: '1e39'"),
+            ("generate.py", [*model, *prior, "--prior", "broken.pt"], "--prior broken.pt: the checkpoint's"),
             ("train_prior.py", ["--model", "no.pt"], "--model no.pt")):
         with pytest.raises(SystemExit) as stopped:
             import_script(script).main([*arguments, "--dataset", "MNIST-10k"])
         said = capsys.readouterr()
         assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and words in said.err, said.err
     assert snapshot(tmp_path) == before
+
+
+def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, tmp_path, monkeypatch, capsys):
+    script, losses = import_script("train_prior.py"), iter([3.0, 2.0, 2.5, 2.5, 2.1, 1.0])
+    (tmp_path / "models" / "run").mkdir(parents=True)
+    shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "nats_per_code", lambda *_: next(losses))
+    monkeypatch.setattr(script, "train_one_epoch", lambda *_: 0.0)
+    script.main(["--model", "models/run/best.pt", "--dataset", "MNIST-10k", "--shift", "0", "--width", "8",
+                 "--drop-label", "0.3", "--dropout", "0.2"])
+    _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")
+    assert contents["epoch"] == 2 and contents["test"]["nats_per_code"] == 2
+    assert contents["config"]["drop_label"] == 0.3 and contents["config"]["dropout"] == 0.2
+    assert track(tmp_path)["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert "has not fallen for 3 epochs" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_prior_and_its_logs_alone(folder, tmp_path):
