@@ -72,7 +72,7 @@ def test_scripts_use_it_without_model_and_say_so(tmp_path):
     grid = np.array(Image.open(tmp_path / "generatedImages" / "MNIST.png").convert("L"))
     assert np.median(grid) < 10 and grid.max() > 240                               # white digits on black
     mse = float(re.search(r"test MSE +([\d.]+)", done.stdout)[1])
-    assert mse < 0.007                              # these digits are among those that it was trained on
+    assert mse < 0.0075                             # these digits are among those that it was trained on
 
 
 def test_prior_and_classifier_are_the_files_that_model_txt_names():
