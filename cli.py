@@ -126,7 +126,7 @@ def open_prior(args, model_path):
 
 
 def check_target(path, kind, overwrite):
-    """Raise ValueError or OSError if a checkpoint of a kind could not be written to path. Touches nothing.
+    """Raise ValueError if a checkpoint of a kind could not be written to path. Touches nothing.
 
     One that stands there is replaced with --overwrite alone, and no file of another kind is.
     """
@@ -135,6 +135,11 @@ def check_target(path, kind, overwrite):
             raise ValueError(f"{path} is there already: replace it with --overwrite")
         with named("--overwrite", path):
             checkpoint.check_kind(path, kind)
+    check_writable(path)
+
+
+def check_writable(path):
+    """Raise ValueError if no file could be written to path, whose folders may have to be made. Touches nothing."""
     folder = next(folder for folder in path.parents if folder.exists())
     if path.is_dir() or not folder.is_dir():
         raise ValueError(f"{path if path.is_dir() else folder} is in the way")

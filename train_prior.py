@@ -140,7 +140,7 @@ def train(args):
     with cli.named("--model", path):
         belongs_to = checkpoint.sha256(path)
         cli.check_target(target, "prior", args.overwrite)
-        cli.check_target(logs / "events", "prior", args.overwrite)
+        cli.check_writable(logs / "events")
     dataset, train_set, test_set = cli.open_data(args, contents)
     if list(train_set.images.shape[1:]) != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path}: its images are {contents['dataset']['shape']}, "
