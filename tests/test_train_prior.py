@@ -4,12 +4,14 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, events, import_script, run_script, snapshot
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -72,6 +74,35 @@ def test_shifted_images_are_those_that_numpy_pads_and_crops():
     for dy, dx in ((0, 0), (1, 0), (-1, 2), (2, -1)):
         padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
         assert np.array_equal(script.shifted(images, dy, dx), padded[:, :, 2 - dy:8 - dy, 2 - dx:7 - dx])
+
+
+def test_first_offset_is_none_and_each_other_one_is_there_once():
+    offsets = import_script("train_prior.py").offsets_up_to(1)
+    assert offsets[0] == (0, 0) and len(offsets) == 9
+    assert set(offsets) == {(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+
+
+def test_each_image_is_learned_once_an_epoch_with_its_label_and_the_shift_of_its_map():
+    class Recorder(torch.nn.Module):
+        height = width = 2
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.seen = torch.nn.Parameter(torch.ones(1)), []
+
+        def log_prob(self, indices, labels, shifts):
+            self.seen.append((indices[:, 0, 0], labels, shifts))
+            return self.scale.expand(len(indices))
+
+    # Code map s of image n holds the number 20·s + n everywhere, and n is its label.
+    maps, prior = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2), Recorder()
+    optimizer = torch.optim.SGD([prior.scale], lr=0.1)
+    import_script("train_prior.py").train_one_epoch(
+        prior, maps, torch.arange(20), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
+        SimpleNamespace(batch_size=6, device="cpu"), torch.Generator().manual_seed(0), tqdm(disable=True))
+    codes, labels, shifts = (torch.cat(parts) for parts in zip(*prior.seen))
+    assert torch.equal(codes, 20 * shifts + labels)
+    assert sorted(labels.tolist()) == list(range(20)) and set(shifts.tolist()) == {0, 1, 2}
 
 
 def test_rate_warms_up_and_falls_to_zero():
