@@ -40,13 +40,12 @@ class Block(nn.Module):
 class CodePrior(nn.Module):
     """p(code map | class) and p(code map) in one model, as a product over codes in raster order.
 
-    The first position sees the class alone, or that there is none; position t sees the codes
-    before t as well. In training a class is dropped with probability drop_label, so that one model
-    learns both distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted
-    images may be learned as well: the first position also sees which of num_shifts it is, 0 for
-    the image as it is, so that they teach what codes go together and are not drawn (distribution
-    augmentation, Jun et al. 2020). Raises ValueError if a size is below 1, or heads do not divide
-    the width.
+    Every position sees the class, or that there is none, and position t the codes before t. In
+    training a class is dropped with probability drop_label, so that one model learns both
+    distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted images may be
+    learned as well: every position also sees which of num_shifts it is, 0 for the image as it is,
+    so that they teach what codes go together and are not drawn (distribution augmentation, Jun
+    et al. 2020). Raises ValueError if a size is below 1, or heads do not divide the width.
     """
 
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
@@ -87,9 +86,8 @@ class CodePrior(nn.Module):
             dropped = torch.rand(len(labels), device=labels.device) < self.drop_label
             labels = labels.masked_fill(dropped, self.num_classes)
         flat = self._flat(indices)                                    # (B, T)
-        start = self._start(labels, shifts)                           # (B, 1, E)
-        x = torch.cat([start, self.code_embedding(flat[:, :-1])], dim=1)              # (B, T, E)
-        x = self.drop(x + self.positions)
+        before = F.pad(self.code_embedding(flat[:, :-1]), (0, 0, 1, 0))                 # (B, T, E), 0 at the start
+        x = self.drop(before + self._condition(labels, shifts).unsqueeze(1) + self.positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).float()
@@ -118,11 +116,12 @@ class CodePrior(nn.Module):
         B, guided = len(labels), guidance != 1
         if guided:      # the same maps once more, without their class
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        x = self._start(labels).squeeze(1)                            # (B or 2B, E)
+        condition = self._condition(labels)                           # (B or 2B, E)
+        x = torch.zeros_like(condition)
         caches = [[] for _ in self.blocks]
         codes = []
         for position in self.positions:
-            logits = self._next_logits(x + position, caches)          # (B or 2B, K)
+            logits = self._next_logits(x + condition + position, caches)          # (B or 2B, K)
             if guided:
                 logits = torch.lerp(logits[B:], logits[:B], guidance)
             codes.append(draw(logits / temperature, top_k, generator))                # (B,)
@@ -136,9 +135,9 @@ class CodePrior(nn.Module):
             x = block(x, cache)
         return self.head(self.norm(x)).squeeze(1).float()
 
-    def _start(self, labels, shifts=None):
-        return (self.label_embedding(labels)
-                + self.shift_embedding(torch.zeros_like(labels) if shifts is None else shifts)).unsqueeze(1)
+    def _condition(self, labels, shifts=None):
+        return (self.label_embedding(labels)                          # (B, E)
+                + self.shift_embedding(torch.zeros_like(labels) if shifts is None else shifts))
 
     def _labels(self, labels, count):
         if labels is None:

@@ -34,9 +34,9 @@ def get_parser():
     group = parser.add_argument_group("prior")
     group.add_argument("--layers", type=cli.whole_number(1), default=4, metavar="N",
                        help=f"blocks of the transformer {shown}")
-    group.add_argument("--width", type=cli.whole_number(1), default=128, metavar="E",
+    group.add_argument("--width", type=cli.whole_number(1), default=192, metavar="E",
                        help=f"size of its hidden vectors {shown}")
-    group.add_argument("--heads", type=cli.whole_number(1), default=4, metavar="N",
+    group.add_argument("--heads", type=cli.whole_number(1), default=6, metavar="N",
                        help=f"attention heads, a divisor of the width {shown}")
     group.add_argument("--dropout", type=cli.number(minimum=0, below=1), default=0.0, metavar="P",
                        help=f"share of activations dropped in training, against overfitting {shown}")
@@ -46,9 +46,9 @@ def get_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=cli.whole_number(1), default=32, metavar="N",
                        help=f"code maps per step {shown}")
-    group.add_argument("--num-epochs", type=cli.whole_number(1), default=12, metavar="N",
+    group.add_argument("--num-epochs", type=cli.whole_number(1), default=20, metavar="N",
                        help=f"passes over the training set {shown}")
-    group.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
+    group.add_argument("--lr", type=cli.number(above=0), default=2e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
     group.add_argument("--shift", type=cli.whole_number(0, 4), default=1, metavar="PIXELS",
                        help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")

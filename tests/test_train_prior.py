@@ -16,7 +16,8 @@ from tqdm import tqdm
 import checkpoint
 import data
 
-SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--num-epochs", "2", "--batch-size", "64")
+SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--heads", "4", "--num-epochs", "2",
+         "--batch-size", "64")
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +214,10 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
             ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--classifier", "other.pt"],
              "--classifier other.pt: the file is not a checkpoint of a classifier"),
             ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt is there already"),
-            ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--heads 4 --width 10"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--heads 6 --width 10"),
             ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
             ("train_prior.py", ["--model", "other.pt", "--shift", "5"], "'5' is not a whole number from 0 to 4"),
-            ("train_prior.py", ["--model", "other.pt", "--width", "1000000000000"], "there is no memory for a prior"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "1200000000000"], "there is no memory for a prior"),
             ("train_prior.py", ["--model", "sub/prior.pt", "--overwrite"], "not a checkpoint of a prior"),
             ("train_prior.py", ["--model", "wide.pt"], "--model wide.pt: its images are [1, 32, 32]"),
             ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--json", "models/run/prior.pt"],
@@ -238,7 +239,7 @@ def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "nats_per_code", lambda *_: next(losses))
     monkeypatch.setattr(script, "train_one_epoch", lambda *_: 0.0)
-    script.main(["--model", "models/run/best.pt", "--dataset", "MNIST-10k", "--shift", "0", "--width", "8",
+    script.main(["--model", "models/run/best.pt", "--dataset", "MNIST-10k", "--shift", "0", "--width", "12",
                  "--drop-label", "0.3", "--dropout", "0.2"])
     _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")
     assert contents["epoch"] == 2 and contents["test"]["nats_per_code"] == 2
