@@ -4,27 +4,27 @@ Writes models/NAME (checkpoints, arguments, a text track) and logs/NAME (TensorB
 """
 
 import json
-import math
 import os
 import platform
+import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torchvision
 from torch.optim import lr_scheduler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import checkpoint
 import cli
 import data
+import files
+import resume
 import tracking
 from metrics import evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from vector_quantizer import CODEBOOK_INITS, CODEBOOK_UPDATES
 
-LOG_EVERY = 10              # steps between two moments when the losses come from the device
 SHOWN_IMAGES = 64           # test images in TensorBoard
 
 # From the optimizer and the number of steps. --lr is the highest rate of each.
@@ -45,7 +45,7 @@ def get_parser():
                        help=f"{' or '.join(data.DATASETS)}, the 10,000 digits in MNIST/ that need no download {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
                        help=f"where MNIST is, or is downloaded to once {shown}")
-    group.add_argument("--num-workers", type=cli.whole_number(0), default=0, metavar="N",
+    group.add_argument("--num-workers", type=cli.whole_number(0, 256), default=0, metavar="N",
                        help=f"processes that load batches; 0 is fastest for data held in memory {shown}")
 
     group = parser.add_argument_group("model")
@@ -79,30 +79,18 @@ def get_parser():
     group = parser.add_argument_group("output")
     group.add_argument("--output-folder", type=cli.name_inside("models"), default="vqvae", metavar="NAME",
                        help=f"the run's name: writes models/NAME and logs/NAME {shown}")
-    group.add_argument("--overwrite", action="store_true",
-                       help="replace a run of that name (default: leave it untouched and stop)")
+    cli.add_run_arguments(group, "a run of that name")
     return parser
 
 
 # ---------------------------------------------------------------- the run's folders
 
-def check_folders(folders, overwrite):
-    """Raise ValueError if a run stands in the folders, or they could not be made. Touches nothing."""
-    for folder in folders:
-        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-            raise ValueError(f"{folder} holds a run already: choose another name, or replace it with --overwrite")
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is not a folder")
-        if not os.access(existing, os.W_OK):
-            raise PermissionError(f"no permission to write in {existing}")
-
-
 def prepare_folders(models, logs):
     """Make the run's folders, without the files of a former run. Other files in them are kept."""
-    for folder in (models, logs):
-        folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.pt", "args.json", tracking.TRACK, tracking.PRIOR_TRACK):
+    logs.mkdir(parents=True, exist_ok=True)
+    files.remove_temporary(models)
+    # last.pt first: without the others it is nothing to resume.
+    for pattern in ("last.pt", "*.pt", "args.json", tracking.TRACK, tracking.PRIOR_TRACK):
         for path in models.glob(pattern):
             path.unlink()
     tracking.remove_logs(logs)
@@ -117,145 +105,180 @@ def settings(args):
 
 def hparams(args):
     """The arguments that a run's figures depend on."""
-    left_out = ("data_folder", "num_workers", "output_folder", "overwrite")
+    left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 # ---------------------------------------------------------------- training
 
-def seed_everything(seed, device):
-    torch.manual_seed(seed)
+def be_deterministic(device):
     if device.startswith("cuda"):       # on the CPU the same seed gives the same run by itself
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def build_model(args, channels):
-    """The model on its device, and the configuration that rebuilds it."""
-    config = {"channels": channels, "hidden_size": args.hidden_size, "num_codes": args.k,
-              "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
-              "restart_after": args.restart_after}
+def build_model(config, device):
     try:
         # Channels last: the layout in which convolutions are fastest, and the quantizer's own.
-        return VectorQuantizedVAE(**config).to(args.device, memory_format=torch.channels_last), config
+        return VectorQuantizedVAE(**config).to(device, memory_format=torch.channels_last)
     except RuntimeError as error:       # torch's way to say that memory is short
-        raise ValueError(f"--hidden-size {args.hidden_size} --k {args.k}: "
+        raise ValueError(f"--hidden-size {config['hidden_size']} --k {config['num_codes']}: "
                          "no memory for a model of this size, choose smaller ones") from error
 
 
-def train_one_epoch(model, batches, optimizer, schedule, args, writer, step, bar):
-    """One pass over the training set, from step on.
+@dataclass(kw_only=True)
+class Progress(resume.Progress):
+    """Where the training of a VQ-VAE stands."""
 
-    → the step after it, the mean Losses, and counts (K,) of the codes' use on the way.
+    counts: torch.Tensor            # (K,), the use of the codes in the epoch's steps
+    restarts: torch.Tensor          # the quantizer's own count of codes that moved in the epoch
+
+    def next_epoch(self, order):
+        super().next_epoch(order)
+        self.counts.zero_()
+        self.restarts.zero_()
+
+
+class Run(resume.Run):
+    """The training of a VQ-VAE, from the arguments: its data, its model, and all that changes on the way.
+
+    saved: the contents of the checkpoint that it is to go on from, if there is one.
     """
-    model.train()
-    waiting, chosen, sums, images_seen = [], [], 0, 0
-    counts = torch.zeros(args.k, dtype=torch.int64)
-    last_step = step + len(batches)
-    for images, _ in batches:
-        x = data.to_model_range(images, args.device)                  # (B, C, H, W)
-        output = model(x)
-        losses = vqvae_losses(x, output, args.beta)
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
 
-        step += 1
-        waiting.append(torch.stack(losses).detach())                  # (4,), still on the device
-        sums = sums + waiting[-1].double() * len(x)
-        images_seen += len(x)
-        chosen.append(output.indices.flatten())                       # (B·h·w,)
-        bar.update(len(x))
-        if len(waiting) == LOG_EVERY or step == last_step:            # here alone the device is waited for
-            counts += torch.bincount(torch.cat(chosen), minlength=args.k).cpu()
-            mean = tracking.mean_losses(waiting)
-            tracking.log_steps(writer, step, mean, lr)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
-            waiting, chosen = [], []
-    return step, Losses(*(sums / images_seen).tolist()), counts
+    losses = Losses._fields
+
+    def __init__(self, args, saved=None):
+        with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
+            train_set, self.test_set = data.load(args.dataset, args.data_folder)
+        be_deterministic(args.device)
+        resume.seed_everything(args.seed)
+        order = torch.Generator().manual_seed(args.seed)
+        pinned = args.device.startswith("cuda")
+        self.train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, pinned)
+        self.test_batches = data.batches(self.test_set, args.batch_size, None, args.num_workers, pinned)
+        self.shown = data.to_model_range(self.test_set.images[:SHOWN_IMAGES], args.device)
+        shape = list(train_set.images.shape[1:])                      # [C, H, W]
+        config = {"channels": shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
+                  "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
+                  "restart_after": args.restart_after}
+        about = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
+                 "dataset": {"name": args.dataset, "shape": shape}}
+        if saved:
+            resume.check_about(about, saved)
+        model = build_model(config, args.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        steps = len(self.train_batches)
+        schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * steps)
+        super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),
+                         Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
+                         counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
+
+    def take_steps(self, writer, bar):
+        """The steps of the epoch that are not done yet. Yields after each of them, so that the run can be saved."""
+        self.model.train()
+        args, progress = self.args, self.progress
+        for number, (images, _) in enumerate(self.train_batches):
+            if number < progress.batches:       # done before the run was broken off
+                continue
+            x = data.to_model_range(images, args.device)              # (B, C, H, W)
+            output = self.model(x)
+            losses = vqvae_losses(x, output, args.beta)
+            self.optimizer.zero_grad()
+            losses.total.backward()
+            self.optimizer.step()
+            lr = self.schedule.get_last_lr()[0]
+            self.schedule.step()
+
+            progress.add(torch.stack(losses).detach(), len(x))
+            chosen = output.indices.flatten()                         # (B·h·w,)
+            progress.counts.index_add_(0, chosen, torch.ones_like(chosen))
+            bar.update(len(x))
+            if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
+                self.check_finite()             # here alone the device is waited for
+                mean = Losses(*progress.latest_losses().mean(dim=0).tolist())
+                tracking.log_steps(writer, progress.step, mean, lr)
+                bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
+            yield
+
+    def finish_epoch(self, writer, models, start):
+        """Test the model, log the epoch, and write best.pt, model_EPOCH.pt and the track."""
+        args, model, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
+        tested, counts = evaluate(model, self.test_batches, args.device, args.beta)
+        trained = Losses(*(progress.sums / progress.images).tolist())
+        restarts = progress.restarts.item()
+        tracking.log_epoch(writer, epoch, tested, counts, progress.counts.cpu(), restarts)
+        tracking.log_images(writer, model, self.shown, epoch)
+        if epoch == args.num_epochs:
+            tracking.log_codebook(writer, model, counts, self.about["dataset"]["shape"], epoch)
+            tracking.log_hparams(writer, hparams(args), tested, counts)
+
+        contents = {**self.about, "model": model.state_dict(), "epoch": epoch, "step": progress.step,
+                    "test": tested._asdict()}
+        if tested.reconstruction < progress.best:
+            progress.best, progress.best_epoch = tested.reconstruction, epoch
+            checkpoint.save(models / "best.pt", contents)
+        checkpoint.save(models / f"model_{epoch}.pt", contents)
+        progress.track.append(tracking.track_line(
+            epoch, progress.step, *trained[:3], *tested[:3], perplexity(counts), int((counts > 0).sum()), restarts,
+            time.perf_counter() - start))
+        tracking.write_track(models / tracking.TRACK, progress.track)
+        print(progress.track[-1], flush=True)
 
 
-def train(args):
-    # Everything that can be wrong is found before a file is written.
+def train(args, parser, argv):
+    """Train from the start, or with --resume from where last.pt stands."""
     models, logs = Path("models", args.output_folder), Path("logs", args.output_folder)
+    last, flag = models / "last.pt", f"--output-folder {args.output_folder}"
+    command = shlex.join(["python3", "VQ-VAE.py", "--resume", "--output-folder", args.output_folder])
     with cli.named("--output-folder", args.output_folder):
-        check_folders((models, logs), args.overwrite)
-    with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
-        train_set, test_set = data.load(args.dataset, args.data_folder)
-    seed_everything(args.seed, args.device)
-    order = torch.Generator().manual_seed(args.seed)
-    pinned = args.device.startswith("cuda")
-    train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, pinned)
-    test_batches = data.batches(test_set, args.batch_size, None, args.num_workers, pinned)
-    shape = list(train_set.images.shape[1:])                          # [C, H, W]
-    model, config = build_model(args, shape[0])
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * len(train_batches))
-
-    with cli.named("--output-folder", args.output_folder):
-        prepare_folders(models, logs)
-        checkpoint.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
-    writer = SummaryWriter(logs)
-    shown = data.to_model_range(test_set.images[:SHOWN_IMAGES], args.device)
-    tracking.log_images(writer, model, shown, epoch=0)
-    print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}.")
-    tracking.tell(models / tracking.TRACK, "  ".join(tracking.TRACK_COLUMNS))
-
-    step, best, best_epoch, start = 0, math.inf, 0, time.perf_counter()
-    for epoch in range(1, args.num_epochs + 1):
-        epoch_start = time.perf_counter()
-        with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="img", unit_scale=True,
-                  leave=False, disable=None) as bar:
-            step, trained, train_counts = train_one_epoch(model, train_batches, optimizer, schedule, args,
-                                                          writer, step, bar)
-        if not math.isfinite(trained.total):
-            raise ValueError(f"--lr {args.lr:g}: the losses of epoch {epoch} are no longer finite numbers, "
-                             f"try a lower rate; what {models} holds is from before")
-        tested, counts = evaluate(model, test_batches, args.device, args.beta)
-        restarts = model.quantizer.restarts.item()
-        model.quantizer.restarts.zero_()
-        tracking.log_epoch(writer, epoch, tested, counts, train_counts, restarts)
-        tracking.log_images(writer, model, shown, epoch)
-
-        is_best = tested.reconstruction < best
-        if is_best:
-            best, best_epoch = tested.reconstruction, epoch
-        contents = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
-                    "dataset": {"name": args.dataset, "shape": shape},
-                    "model": model.state_dict(), "epoch": epoch, "step": step, "test": tested._asdict()}
-        save_epoch(models, contents, optimizer, schedule, order, is_best)
-        line = tracking.track_line(epoch, step, *trained[:3], *tested[:3], perplexity(counts),
-                                   int((counts > 0).sum()), restarts, time.perf_counter() - epoch_start)
-        tracking.tell(models / tracking.TRACK, line)
-    tracking.log_codebook(writer, model, counts, shape, epoch)
-    tracking.log_hparams(writer, hparams(args), tested, counts)
-    writer.close()
-    print(f"Done in {time.perf_counter() - start:.0f} s. "
-          f"Lowest test reconstruction loss: {best:.4f}, in epoch {best_epoch}.\n"
+        if not args.resume:
+            files.check_free((models, logs), args.overwrite)
+        elif not last.is_file():
+            raise ValueError(f"there is no {last} to --resume: start the run anew, with --overwrite if it has a folder")
+        else:
+            cli.check_writable(last)
+            cli.check_writable(logs / "events")
+    # Everything that can be wrong is found before a file is written.
+    with files.locked(models, flag), files.locked(logs, flag):
+        if args.resume:
+            with cli.named("--resume", last):
+                _, saved = checkpoint.load_model(last)
+                args = parser.continued(args, argv, saved)
+                run = Run(args, saved)
+                run.go_on(saved)
+        else:
+            run = Run(args)
+        with cli.named("--output-folder", args.output_folder):
+            if args.resume:
+                files.remove_temporary(models)
+                tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1)
+            else:
+                files.check_free((models,), args.overwrite)         # another run may have been faster
+                prepare_folders(models, logs)
+            files.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
+            tracking.write_track(models / tracking.TRACK, run.progress.track)
+        print(f"Training on {args.dataset}: {run.images:,} images, {len(run.test_set):,} to test, on {args.device}"
+              + (f", from step {run.progress.step:,} on." if args.resume else "."))
+        print(*run.progress.track, sep="\n", flush=True)
+        start = time.perf_counter()
+        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), tracking.opened(logs) as writer:
+            if not args.resume:
+                tracking.log_images(writer, run.model, run.shown, epoch=0)
+            run.learn(writer, last, signals)
+    if not run.finished():
+        cli.stop(signals.received, run.progress, last, command)
+    print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {run.progress.best:.4f}, "
+          f"in epoch {run.progress.best_epoch}.\n"
           f"  checkpoint  {models / 'best.pt'}\n  track       {models / tracking.TRACK}\n  logs        {logs}\n"
           f"Next: python3 generate.py --model {models / 'best.pt'} --input MNIST\n"
           f"      tensorboard --logdir logs")
-
-
-def save_epoch(models, contents, optimizer, schedule, order, is_best):
-    """Write last.pt, best.pt if it is the best, and model_EPOCH.pt at the very end of the epoch."""
-    random = {"torch": torch.get_rng_state(), "order": order.get_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state_all()
-    training = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": random}
-    checkpoint.save(models / "last.pt", {**contents, "training": training})
-    if is_best:
-        checkpoint.save(models / "best.pt", contents)
-    checkpoint.save(models / f"model_{contents['epoch']}.pt", contents)
 
 
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
-        train(args)
+        train(args, parser, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A checkpoint of a VQ-VAE rebuilds its own model:
     dataset   {"name": "MNIST", "shape": [C, H, W]}
     model     the state_dict
     epoch, step, test   where the training stood, and the test metrics there
-    training  in last.pt alone: optimizer, schedule and random states
+    training  in last.pt alone: settings, progress, optimizer and random states (resume.py)
 
 One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes belong to:
 
@@ -17,52 +17,37 @@ One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes bel
     config    the arguments of CodePrior
     vqvae     the SHA-256 of the VQ-VAE's file
     dataset   the data set's name
-    model, epoch, test         as above
+    model, epoch, test         as above, and in prior-last.pt step and training
 
 The classifier that judges sampled digits has format, kind ("classifier"), dataset, model and test.
 """
 
 import hashlib
 import io
-import os
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
 from classifier import DigitClassifier
+from files import write_whole
 from modules import VectorQuantizedVAE
 from prior import CodePrior
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
 CLASSIFIER = PRETRAINED.with_name("classifier.pt")
-LARGEST_SIDE = 4096         # pixels; what a damaged file says must not fill the memory
+DEEPEST = 9                 # dictionaries and lists inside each other
+LARGEST_SIDE = 512          # pixels; what a damaged file says must not fill the memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
 
 
 def save(path, contents):
-    """Write a checkpoint so that path holds the old file or the new one, never half of one.
-
-    Raises OSError if it cannot be written.
-    """
+    """Write a checkpoint so that path holds the old file or the new one. Raises OSError if it cannot be written."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     write_whole(path, buffer.getbuffer())
-
-
-def write_whole(path, data):
-    """Write bytes to a temporary file beside path, flush them to the disk, then rename it."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path, device="cpu"):
@@ -83,23 +68,59 @@ def load(path, device="cpu"):
 
 def _read(path, device):
     """What a file of torch.save holds, tensors and plain values only: a file that would run code is refused."""
-    file = io.BytesIO(Path(path).read_bytes())      # read here, so that an OSError is the system's
-    if not file.getbuffer():
+    data = Path(path).read_bytes()                  # read here, so that an OSError is the system's
+    file, size = io.BytesIO(data), len(data)
+    if not size:
         raise ValueError("the file is empty")
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                parts = archive.infolist()
+                # torch looks at no checksum, and compresses nothing: what unpacks to more is a trap.
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(
+                        part.file_size for part in parts) > size or archive.testzip():
+                    raise ValueError("a part of the archive")
+        if b"bytearray\n" in data:      # torch would make one, of any size
+            raise ValueError("a bytearray")
+        file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of the pickle's protocol
-            return torch.load(file, map_location=device, weights_only=True)
+            contents = torch.load(file, map_location=device, weights_only=True)
+        _check_values(contents, size)
+        return contents
     except Exception as error:                      # torch.load answers damage with whatever it trips over
         raise ValueError("not a checkpoint: the file is damaged or of another kind, "
                          "or it holds objects that could run code, which are never read") from error
+
+
+def _check_values(contents, size):
+    """Raise ValueError unless a file of so many bytes can have held it all: plain tensors, lists and dictionaries.
+
+    What is there once and shown many times, or nested without end, is how a small file becomes a large one.
+    """
+    waiting, seen = [(contents, 0)], set()
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list | tuple) and value:
+            if id(value) in seen or depth > DEEPEST:
+                raise ValueError("a value inside itself")
+            seen.add(id(value))
+            waiting += ((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
+        elif torch.is_tensor(value):
+            size -= value.numel() * value.element_size()
+            if size < 0 or value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+                raise ValueError("a tensor that is not there")
+            last = value.storage_offset() + value.numel()
+            if last * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor with less memory than numbers")
 
 
 def _check_kind(contents, kind, name):
     if not isinstance(contents, dict) or contents.get("kind") != kind:
         raise ValueError(f"the file is not a checkpoint of {name}")
     if type(contents.get("format")) is not int or contents["format"] != FORMAT:
-        raise ValueError(f"the checkpoint has format {contents.get('format')}; "
+        found = contents.get("format")
+        raise ValueError(f"the checkpoint has format {found if type(found) is int else 'unknown'}; "
                          f"this version of the code reads format {FORMAT}")
 
 
@@ -139,7 +160,12 @@ def load_prior(path, vqvae_path, device="cpu"):
     if contents.get("vqvae") != sha256(vqvae_path):
         raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: learn one for it with "
                          f"python3 train_prior.py --model {vqvae_path}")
-    return _rebuilt(CodePrior, contents, device), contents
+    prior, vqvae = _rebuilt(CodePrior, contents, device), load(vqvae_path)
+    K, (_, H, W) = len(vqvae["model"]["quantizer.codebook"]), vqvae["dataset"]["shape"]
+    if (prior.num_codes, prior.height, prior.width) != (K, H // 4, W // 4):
+        raise ValueError(f"its maps of {prior.height}×{prior.width} of {prior.num_codes} codes are not those of "
+                         f"{vqvae_path}, of {H // 4}×{W // 4} of {K}")
+    return prior, contents
 
 
 def load_classifier(path, device="cpu"):
@@ -155,11 +181,24 @@ def load_classifier(path, device="cpu"):
 def _rebuilt(kind, contents, device):
     """A model made from what its checkpoint says, in evaluation mode."""
     try:
-        model = kind(**contents["config"]).to(device)
-        model.load_state_dict(contents["model"])
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError("the checkpoint's weights do not fit its configuration: "
-                         f"{' '.join(str(error).split())}") from error
+        config, state = contents["config"], dict(contents["model"])
+        if not all(isinstance(value, int | float | str) for value in config.values()):
+            raise ValueError("a setting that is no number and no name")
+        if config.get("layers", 0) > len(state):
+            raise ValueError(f"{config['layers']} layers in {len(state)} tensors")
+        # First without memory: sizes that a damaged file only says it has must not ask for any.
+        with torch.device("meta"):
+            expected = kind(**config).state_dict()
+        for name, value in expected.items():
+            if name in state and state[name].shape != value.shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}")
+        if missing := expected.keys() ^ state.keys():
+            raise ValueError(f"{min(missing)} is missing, or is no part of it")
+        model = kind(**config).to(device)
+        model.load_state_dict(state)
+    except Exception as error:                      # a damaged file makes torch raise whatever it trips over
+        raise ValueError(f"the checkpoint's weights do not fit its configuration: {type(error).__name__}: {error}"
+                         ) from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError("the checkpoint's weights are not all finite numbers")
     return model.eval()

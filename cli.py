@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 import checkpoint
 import data
 
+LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
+NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
+# When a run goes on, these may be given anew: they do not change what it learns in a step.
+MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every")
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose every complaint is one line on stderr, with exit status 2."""
@@ -23,14 +29,48 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' …'}\n")
 
     def check_unused(self, args, names, reason):
         """Complain if one of the named arguments was given a value that nothing would look at."""
         for name in names:
             value = getattr(args, name)
             if value != self.get_default(name):
-                self.error(f"--{name.replace('_', '-')} {value}: {reason}")
+                self.error(f"{flag_of(name)} {value}: {reason}")
+
+    def continued(self, args, argv, saved):
+        """The arguments of a run that goes on: those in its checkpoint, but for the ones given anew that may change.
+
+        Raises ValueError if one given contradicts the run, or what the checkpoint says is no value for it.
+        """
+        match saved.get("training"):
+            case {"settings": dict() as settings}:
+                pass
+            case _:
+                raise ValueError("it holds a model, but not what is needed to go on with its training")
+        nothing = object()
+        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), nothing))))
+        for action in self._actions:
+            name, flag = action.dest, action.option_strings[0]
+            if name in NAMES_THE_RUN or (name in MAY_CHANGE and given[name] != nothing):
+                continue
+            if settings.get(name) is None:
+                if given[name] not in (nothing, None):
+                    raise ValueError(f"{flag} {given[name]} contradicts the run, which was started without {flag}")
+                continue
+            if not isinstance(settings[name], int | float | str):
+                raise ValueError(f"the run's {flag} is no number and no name: the file is damaged")
+            try:
+                value = (action.type or str)(str(settings[name]))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"the run's {flag}: {error}") from error
+            if given[name] not in (nothing, value):
+                free = ", ".join(flag_of(name) for name in MAY_CHANGE if hasattr(args, name))
+                raise ValueError(f"{flag} {given[name]} contradicts the run, which has {flag} {value}: leave it out; "
+                                 f"what may change is {free}")
+            setattr(args, name, value)
+        return args
 
     @contextmanager
     def bad_input_in_one_line(self):
@@ -57,6 +97,46 @@ def named(flag, value):
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {value}: {describe(error).removeprefix(f'{value}: ')}") from error
+
+
+def flag_of(name):
+    return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------- runs that may be broken off
+
+def add_run_arguments(group, what):
+    """The flags of every script whose training can go on. `what` says what --overwrite replaces."""
+    group.add_argument("--save-every", type=whole_number(0), default=0, metavar="STEPS",
+                       help="also save the training after so many steps; 0 means at the end of epochs alone "
+                            "(default: %(default)s)")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true",
+                        help="go on with a training that was broken off, exactly where it was last saved "
+                             "(default: start anew)")
+    either.add_argument("--overwrite", action="store_true",
+                        help=f"replace {what} (default: leave it untouched and stop)")
+
+
+@contextmanager
+def kept(last, command, batch_size):
+    """Say what is left, and how to go on with it, after an error of the system that ends a training."""
+    try:
+        yield
+    except OSError as error:
+        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
+        raise ValueError(f"{describe(error)}; the training has stopped, {left}") from error
+    except RuntimeError as error:       # torch's way to say that memory is short, and much else
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
+
+
+def stop(number, progress, last, command):
+    """End the script as the signal `number` asks, saying how to go on."""
+    print(f"Stopped by {signal.Signals(number).name} in epoch {progress.epoch}, after step {progress.step:,}; "
+          f"{last} holds all of it. To go on:\n  {command}")
+    raise SystemExit(128 + number)
 
 
 # ---------------------------------------------------------------- a trained model and its test set
@@ -125,14 +205,15 @@ def open_prior(args, model_path):
         return checkpoint.load_prior(path, model_path, args.device)[0], path
 
 
-def check_target(path, kind, overwrite):
+def check_target(path, kind, overwrite, otherwise=""):
     """Raise ValueError if a checkpoint of a kind could not be written to path. Touches nothing.
 
     One that stands there is replaced with --overwrite alone, and no file of another kind is.
+    otherwise: what else may be done then, for the message.
     """
     if path.is_file():
         if not overwrite:
-            raise ValueError(f"{path} is there already: replace it with --overwrite")
+            raise ValueError(f"{path} is there already: replace it with --overwrite{otherwise}")
         with named("--overwrite", path):
             checkpoint.check_kind(path, kind)
     check_writable(path)

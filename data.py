@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import signal
 import socket
 import zipfile
 import zlib
@@ -15,6 +16,7 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 BUNDLED = Path(__file__).resolve().parent / "MNIST" / "MNIST-10k.npz"
+BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
 DOWNLOAD_TIMEOUT = 30           # seconds without an answer
 
@@ -40,11 +42,17 @@ def batches(dataset, batch_size, generator=None, num_workers=0, pin_memory=False
     # A generator of its own in any case: without one, each pass draws from torch's.
     return DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator or torch.Generator(),
                       num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is,
-                      persistent_workers=num_workers > 0)
+                      worker_init_fn=_leave_signals_to_the_script)
 
 
 def _as_it_is(batch):
     return batch
+
+
+def _leave_signals_to_the_script(_worker):
+    """A terminal's Ctrl-C reaches the workers too, and the script wants to end its step with them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_model_range(images, device="cpu"):
@@ -72,7 +80,12 @@ def _load_bundled(_folder):
     try:
         with np.load(BUNDLED) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if (images.shape, labels.shape, images.dtype, labels.dtype) != ((BUNDLED_ALL, 28, 28), (BUNDLED_ALL,),
+                                                                            np.uint8, np.uint8):
+                raise ValueError("other arrays")
+    # What numpy meets in a damaged file, or in a sound one of another kind.
+    except (ValueError, TypeError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise ValueError(f"{BUNDLED} is damaged: restore it with git checkout MNIST") from error
     images, labels = torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
     return (Images(images[:BUNDLED_TRAIN], labels[:BUNDLED_TRAIN]),

@@ -16,6 +16,7 @@ import checkpoint
 import cli
 import data
 import quality
+from files import write_whole
 from metrics import code_maps, evaluate, nats_per_code, perplexity
 
 BATCH_SIZE = 250
@@ -148,7 +149,7 @@ def write_json(path, contents):
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_text(text)           # a link, a pipe, /dev/stdout: what it leads to gets the text
     else:
-        checkpoint.write_whole(path, text.encode())
+        write_whole(path, text.encode())
 
 
 def measure(args):

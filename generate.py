@@ -4,6 +4,7 @@
 images; `--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torchvision.utils import save_image
 import cli
 import data
 import quality
+from files import write_whole
 
 ROWS = 10
 FOLDER = "generatedImages"
@@ -67,7 +69,9 @@ def generate(args):
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(data.to_unit_range(images), path, nrow=ROWS)
+        picture = io.BytesIO()
+        save_image(data.to_unit_range(images), picture, format="png", nrow=ROWS)
+        write_whole(path, picture.getbuffer())
     print(path)
 
 

@@ -153,11 +153,16 @@ class CodePrior(nn.Module):
 
 
 def draw(logits, top_k=None, generator=None):
-    """One code for each row of logits (B, K), from the top_k most probable where given: (B,)."""
+    """One code for each row of logits (B, K), from the top_k most probable where given: (B,).
+
+    Raises ValueError if the logits give no probabilities.
+    """
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = logits.softmax(dim=1)
     if generator is not None:           # where the generator is: the same draws on every device
         probabilities = probabilities.to(generator.device)
+    if not probabilities.isfinite().all():
+        raise ValueError("the prior's probabilities are no finite numbers: it is damaged")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)

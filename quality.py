@@ -61,8 +61,10 @@ def frechet_distance(one, other):
 
     Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …", there with Inception's
     features. The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are
-    real and not negative but for rounding.
+    real and not negative but for rounding. Raises ValueError if a feature is no finite number.
     """
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise ValueError("some of the classifier's features are no finite numbers: it or the model is damaged")
     one, other = one.double(), other.double()
     difference = one.mean(dim=0) - other.mean(dim=0)
     covariances = [torch.cov(features.T) for features in (one, other)]

@@ -3,40 +3,111 @@
 Letters: B images, C channels, H×W pixels, h×w latents, K codes.
 """
 
+import errno
+import io
 import shutil
+import threading
 import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from data import to_unit_range
+from files import remove_temporary, write_whole
 from metrics import perplexity
-from modules import Losses
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
 PRIOR_SUFFIX = ".prior"         # of the event file of train_prior.py
+BY_STEP = ("loss/train/", "lr")             # tags; the others are by epoch
+AT_THE_END = ("final/", "_hparams_/")       # tags that a run writes once, when it is over
 EMBEDDING = "codebook"          # the projector's tag, and the name of its folders
 DECODED_AT_ONCE = 512           # codes
 SHOWN_IN_A_ROW, IMAGE_PADDING = 8, 2        # of the grids of images, the padding in pixels
 
 
-def remove_logs(folder):
-    """Remove what a former run left in logs/NAME. Other files in it are kept."""
-    for pattern in ("events.out.tfevents.*", "projector_config.pbtxt"):
-        for path in folder.glob(pattern):
-            path.unlink()
+def remove_logs(folder, suffix=""):
+    """Remove what a former run left in logs/NAME, with PRIOR_SUFFIX that of a prior alone. Other files are kept."""
+    remove_temporary(folder)
+    for path in event_files(folder, suffix):
+        path.unlink()
+    if not suffix:
+        remove_logs(folder, PRIOR_SUFFIX)
+        remove_projector(folder)
+
+
+def event_files(folder, suffix=""):
+    """The event files of a VQ-VAE's run, or with PRIOR_SUFFIX of a prior's, oldest first."""
+    return [path for path in sorted(folder.glob("events.out.tfevents.*"))
+            if path.name.endswith(PRIOR_SUFFIX) == bool(suffix)]
+
+
+def remove_projector(folder):
+    (folder / "projector_config.pbtxt").unlink(missing_ok=True)
     for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9]/{EMBEDDING}"):
         shutil.rmtree(path)
         if not any(path.parent.iterdir()):
             path.parent.rmdir()
 
 
-def remove_prior_logs(folder):
-    """Remove what a former training of a prior left in logs/NAME."""
-    for path in folder.glob(f"events.out.tfevents.*{PRIOR_SUFFIX}"):
-        path.unlink()
+def keep_until(folder, step, epoch, suffix=""):
+    """Take back what a run logged after a step and an epoch, when it is about to do them again.
+
+    A SummaryWriter's purge_step would do this on one axis, but losses are logged by step and most
+    of the rest by epoch. What is logged at the end of a run goes as well.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary(folder)
+    for path in event_files(folder, suffix):
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            tags = [value.tag for value in event.summary.value]
+            last = step if any(tag.startswith(BY_STEP) for tag in tags) else epoch
+            if event.step <= last and not any(tag.startswith(AT_THE_END) for tag in tags):
+                records.write(record)
+        write_whole(path, buffer.getbuffer())
+    if not suffix:
+        remove_projector(folder)
+
+
+@contextmanager
+def opened(folder, suffix=""):
+    """A SummaryWriter for a folder. An error of its writing thread is raised where it is used next, and there alone."""
+    def printed(failed, former=threading.excepthook):
+        if not issubclass(failed.exc_type, OSError):
+            former(failed)
+
+    former, threading.excepthook = threading.excepthook, printed
+    try:
+        writer = SummaryWriter(folder, filename_suffix=suffix)
+        try:
+            yield writer
+        except BaseException:
+            with suppress(OSError):
+                writer.close()
+            raise
+        writer.close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            error.filename = error.filename or str(folder)
+        raise
+    finally:
+        threading.excepthook = former
+
+
+def check_there(writer):
+    """Raise FileNotFoundError if a writer's folder has gone: what is written to its file would be lost in silence."""
+    if not Path(writer.log_dir).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder has gone", str(writer.log_dir))
 
 
 # ---------------------------------------------------------------- the text track
@@ -47,17 +118,15 @@ def track_line(*values):
     return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
 
 
-def tell(track, line):
-    """Print a line and add it to a text track."""
-    print(line, flush=True)
-    with open(track, "a") as file:
-        print(line, file=file)
+def write_track(path, lines):
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 # ---------------------------------------------------------------- TensorBoard
 
 def log_steps(writer, step, losses, lr):
     """The mean losses of the steps since the last call, and the learning rate of the latest step."""
+    check_there(writer)
     for name, value in losses._asdict().items():
         writer.add_scalar(f"loss/train/{name}", value, step)
     writer.add_scalar("lr", lr, step)
@@ -120,11 +189,6 @@ def log_hparams(writer, settings, tested, counts):
              "final/used": int((counts > 0).sum())}
     writer.flush()                      # they go to a second file, which readers open after the first
     writer.add_hparams(settings, final, run_name=".")
-
-
-def mean_losses(losses):
-    """The mean of stacked losses (n, 4), fetched from the device at once."""
-    return Losses(*torch.stack(losses).mean(dim=0).tolist())
 
 
 def log_prior(writer, epoch, trained, tested, bits_per_pixel, images):

@@ -5,16 +5,18 @@ transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Witho
 """
 
 import math
+import shlex
 import time
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
 import cli
+import files
+import resume
 import tracking
 from metrics import code_maps, nats_per_code
 from prior import CodePrior
@@ -54,8 +56,7 @@ def get_parser():
                        help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")
     group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
-    group.add_argument("--overwrite", action="store_true",
-                       help="replace a prior that stands beside the model (default: leave it untouched and stop)")
+    cli.add_run_arguments(group, "a prior that stands beside the model")
     return parser
 
 
@@ -97,24 +98,92 @@ def warm_up_then_cosine(optimizer, steps):
     return LambdaLR(optimizer, factor)
 
 
-def train_one_epoch(prior, maps, labels, optimizer, schedule, args, order, bar):
-    """One pass over the code maps (S, N, h, w), each image in one of its S shifts. → mean nats per code."""
-    prior.train()
-    N, codes = len(labels), prior.height * prior.width
-    shift_of = torch.randint(len(maps), (N,), generator=order)
-    total = 0
-    for rows in torch.randperm(N, generator=order).split(args.batch_size):
-        batch = maps[shift_of[rows], rows].to(args.device)            # (B, h, w)
-        log_prob = prior.log_prob(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
-        loss = -log_prob.mean() / codes
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total = total + loss.detach() * len(rows)
-        bar.update(len(rows))
-    return (total / N).item()
+class Run(resume.Run):
+    """The training of a prior, from the arguments and the frozen VQ-VAE.
+
+    saved: the contents of the checkpoint that it is to go on from, if there is one.
+    """
+
+    losses = ("prior",)         # nats per code
+
+    def __init__(self, args, vqvae, contents, path, saved=None):
+        dataset, self.train_set, self.test_set = cli.open_data(args, contents)
+        C, H, W = contents["dataset"]["shape"]
+        if list(self.train_set.images.shape[1:]) != [C, H, W]:
+            raise ValueError(f"--model {path}: its images are {[C, H, W]}, "
+                             f"those of --dataset {dataset} {list(self.train_set.images.shape[1:])}")
+        resume.seed_everything(args.seed)
+        order = torch.Generator().manual_seed(args.seed)
+        self.vqvae, self.offsets = vqvae.to(args.device), offsets_up_to(args.shift)
+        self.bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))         # of one nat per code
+        config = {"num_codes": vqvae.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
+                  "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
+                  "drop_label": args.drop_label, "num_shifts": len(self.offsets)}
+        about = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
+                 "vqvae": checkpoint.sha256(path), "dataset": dataset}
+        if saved:
+            resume.check_about(about, saved)
+        try:
+            with cli.named(f"--heads {args.heads} --width", args.width):
+                prior = CodePrior(**config).to(args.device)
+        except RuntimeError as error:
+            raise ValueError(f"--layers {args.layers} --width {args.width}: there is no memory for a prior of this size"
+                             ) from error
+        optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+        steps = math.ceil(len(self.train_set) / args.batch_size)
+        super().__init__(args, about, prior, optimizer, warm_up_then_cosine(optimizer, args.num_epochs * steps),
+                         order, steps, len(self.train_set), track=["  ".join(COLUMNS)])
+
+    def encode(self):
+        self.train_maps, self.test_maps = encode_sets(self.vqvae, self.train_set, self.test_set, self.offsets,
+                                                      self.args.device)
+
+    def finished(self):
+        return super().finished() or self.risen()
+
+    def risen(self):
+        """Whether the test loss has not fallen for PATIENCE epochs."""
+        return self.progress.epoch - 1 - self.progress.best_epoch >= PATIENCE
+
+    def take_steps(self, writer, bar):
+        """The steps of the epoch that are not done yet, each image in one of its shifts. Yields after each of them."""
+        prior, args, progress, labels = self.model.train(), self.args, self.progress, self.train_set.labels
+        N, codes = len(labels), prior.height * prior.width
+        shift_of = torch.randint(len(self.train_maps), (N,), generator=self.order)
+        for rows in torch.randperm(N, generator=self.order).split(args.batch_size)[progress.batches:]:
+            batch = self.train_maps[shift_of[rows], rows].to(args.device)             # (B, h, w)
+            log_prob = prior.log_prob(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
+            loss = -log_prob.mean() / codes
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+
+            progress.add(loss.detach().view(1), len(rows))
+            bar.update(len(rows))
+            if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
+                self.check_finite()             # here alone the device is waited for
+                tracking.check_there(writer)
+                bar.set_postfix({"nats": f"{progress.latest_losses().mean().item():.4f}"}, refresh=False)
+            yield
+
+    def finish_epoch(self, writer, folder, start):
+        """Test the prior, log the epoch, and write prior.pt, if it is the best so far, and the track."""
+        args, prior, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
+        trained = progress.sums.item() / progress.images
+        tested = nats_per_code(prior, self.test_maps, self.test_set.labels, args.device)
+        bits = tested * self.bits_per_pixel
+        tracking.log_prior(writer, epoch, trained, tested, bits,
+                           self.vqvae.decode(samples(prior, args.seed, args.device)))
+        if tested < progress.best:
+            progress.best, progress.best_epoch = tested, epoch
+            checkpoint.save(folder / "prior.pt", {**self.about, "model": prior.state_dict(), "epoch": epoch,
+                                                  "test": {"nats_per_code": tested, "bits_per_pixel": bits}})
+        progress.track.append(f"{epoch:5}  {trained:10.4f}  {tested:9.4f}  {bits:14.4f}"
+                              f"  {time.perf_counter() - start:7.1f}")
+        tracking.write_track(folder / tracking.PRIOR_TRACK, progress.track)
+        print(progress.track[-1], flush=True)
 
 
 def logs_of(path):
@@ -124,76 +193,59 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
-def start_records(logs, track):
-    """Replace the event file and the text track of a former training by new ones. → the writer."""
-    tracking.remove_prior_logs(logs)
-    writer = SummaryWriter(logs, filename_suffix=tracking.PRIOR_SUFFIX)
-    track.unlink(missing_ok=True)
-    tracking.tell(track, "  ".join(COLUMNS))
-    return writer
+def clear(folder, logs):
+    """Remove what a former training of a prior left."""
+    for name in ("prior-last.pt", "prior.pt", tracking.PRIOR_TRACK):
+        (folder / name).unlink(missing_ok=True)
+    tracking.remove_logs(logs, tracking.PRIOR_SUFFIX)
 
 
-def train(args):
-    # Everything that can be wrong is found before a file is written.
-    model, contents, path = cli.open_model(args)
-    target, logs = Path(path).with_name("prior.pt"), logs_of(Path(path))
+def train(args, parser, argv):
+    """Train from the start, or with --resume from where prior-last.pt stands."""
+    vqvae, contents, path = cli.open_model(args)
+    folder, logs = Path(path).parent, logs_of(Path(path))
+    target, last, flag = folder / "prior.pt", folder / "prior-last.pt", f"--model {path}"
+    command = shlex.join(["python3", "train_prior.py", "--resume", "--model", path])
     with cli.named("--model", path):
-        belongs_to = checkpoint.sha256(path)
-        cli.check_target(target, "prior", args.overwrite)
+        if args.resume and not last.is_file():
+            raise ValueError(f"there is no {last} to --resume: start anew, with --overwrite if there is a prior")
+        for file in () if args.resume else (target, last):
+            cli.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
+        cli.check_writable(target)
         cli.check_writable(logs / "events")
-    dataset, train_set, test_set = cli.open_data(args, contents)
-    if list(train_set.images.shape[1:]) != contents["dataset"]["shape"]:
-        raise ValueError(f"--model {path}: its images are {contents['dataset']['shape']}, "
-                         f"those of --dataset {dataset} {list(train_set.images.shape[1:])}")
-    torch.manual_seed(args.seed)
-    order = torch.Generator().manual_seed(args.seed)
-    offsets = offsets_up_to(args.shift)
-    C, H, W = contents["dataset"]["shape"]
-    config = {"num_codes": model.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
-              "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
-              "drop_label": args.drop_label, "num_shifts": len(offsets)}
-    try:
-        with cli.named(f"--heads {args.heads} --width", args.width):
-            prior = CodePrior(**config).to(args.device)
-    except RuntimeError as error:
-        raise ValueError(f"--layers {args.layers} --width {args.width}: there is no memory for a prior of this size"
-                         ) from error
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = warm_up_then_cosine(optimizer, args.num_epochs * math.ceil(len(train_set) / args.batch_size))
-
-    print(f"Learning the code maps of {path} on {dataset}: {len(train_set):,} images, {len(test_set):,} to test.")
-    train_maps, test_maps = encode_sets(model, train_set, test_set, offsets, args.device)
-    bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))            # of one nat per code
-    track, writer = target.with_name(tracking.PRIOR_TRACK), None
-    best, best_epoch = math.inf, 0
-    for epoch in range(1, args.num_epochs + 1):
-        start = time.perf_counter()
-        with tqdm(total=len(train_set), desc=f"epoch {epoch}/{args.num_epochs}", unit="map", unit_scale=True,
-                  leave=False, disable=None) as bar:
-            trained = train_one_epoch(prior, train_maps, train_set.labels, optimizer, schedule, args, order, bar)
-        tested = nats_per_code(prior, test_maps, test_set.labels, args.device)
-        if not math.isfinite(trained + tested):
-            raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is no longer a finite number, "
-                             "try a lower rate")
-        if writer is None:          # only now, so that a training that fails at once leaves a former one as it was
-            with cli.named("--model", path):
-                writer = start_records(logs, track)
-        tracking.log_prior(writer, epoch, trained, tested, tested * bits_per_pixel,
-                           model.decode(samples(prior, args.seed, args.device)))
-        if tested < best:
-            best, best_epoch = tested, epoch
-            checkpoint.save(target, {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
-                                     "vqvae": belongs_to, "dataset": dataset, "model": prior.state_dict(),
-                                     "epoch": epoch, "test": {"nats_per_code": tested,
-                                                              "bits_per_pixel": tested * bits_per_pixel}})
-        tracking.tell(track, f"{epoch:5}  {trained:10.4f}  {tested:9.4f}  {tested * bits_per_pixel:14.4f}"
-                             f"  {time.perf_counter() - start:7.1f}")
-        if epoch - best_epoch >= PATIENCE:
-            print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
-            break
-    writer.close()
-    print(f"Lowest test loss: {best:.4f} nats per code, in epoch {best_epoch}.\n  prior  {target}\n  logs   {logs}\n"
-          f"Next: python3 generate.py --model {path} --input prior")
+    # Everything that can be wrong is found before a file is written.
+    with files.locked(folder, flag), files.locked(logs, flag):
+        if args.resume:
+            with cli.named("--resume", last):
+                _, saved = checkpoint.load_prior(last, path)
+                args = parser.continued(args, argv, saved)
+                run = Run(args, vqvae, contents, path, saved)
+                run.go_on(saved)
+                if run.risen():
+                    raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
+        else:
+            run = Run(args, vqvae, contents, path)
+        print(f"Learning the code maps of {path} on {run.about['dataset']}: {run.images:,} images, "
+              f"{len(run.test_set):,} to test"
+              + (f", from step {run.progress.step:,} on." if args.resume else "."))
+        run.encode()
+        with cli.named("--model", path):
+            files.remove_temporary(folder)
+            if args.resume:
+                tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1, tracking.PRIOR_SUFFIX)
+            else:
+                clear(folder, logs)
+            tracking.write_track(folder / tracking.PRIOR_TRACK, run.progress.track)
+        print(*run.progress.track, sep="\n", flush=True)
+        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), tracking.opened(
+                logs, tracking.PRIOR_SUFFIX) as writer:
+            run.learn(writer, last, signals)
+    if not run.finished():
+        cli.stop(signals.received, run.progress, last, command)
+    if run.risen():
+        print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
+    print(f"Lowest test loss: {run.progress.best:.4f} nats per code, in epoch {run.progress.best_epoch}.\n"
+          f"  prior  {target}\n  logs   {logs}\nNext: python3 generate.py --model {path} --input prior")
 
 
 @torch.no_grad()
@@ -207,7 +259,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
-        train(args)
+        train(args, parser, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,26 @@ def run_script(name, *arguments, cwd):
                           cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def run_without_privileges(script, *arguments, cwd):
+def start(script, *arguments, cwd):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+
+
+def wait_for(condition, process):
+    """Until a condition holds, which it must before the process ends."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def run_without_privileges(script, *arguments, cwd, **environment):
     """Run a script so that the modes of folders bind it, even when the tests are run by root."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
             pytest.skip("root may write everywhere, and there is no setpriv to give that up")
         command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
 
 
 def import_script(name):
@@ -38,6 +51,17 @@ def import_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def refuse(script, arguments, capsys):
+    """Run a script's main() on arguments that it must refuse. → its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        import_script(script).main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.endswith("\n")
+    assert said.err.startswith(f"{os.path.basename(sys.argv[0])}: error: ") and "Traceback" not in said.err
+    return said.err
 
 
 def snapshot(folder):

@@ -1,27 +1,14 @@
 """Bad input: one line that names flag and value, exit status 2, and nothing on disk changed."""
 
-import os
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
-from helpers import import_script, run_script, run_without_privileges, snapshot, write_mnist
+from helpers import import_script, refuse, run_script, run_without_privileges, snapshot, write_mnist
 
 BUNDLED = ("--dataset", "MNIST-10k")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-
-
-def refuse(script, arguments, capsys):
-    """Run a script's main() on arguments that it must refuse. → its one line."""
-    with pytest.raises(SystemExit) as stopped:
-        import_script(script).main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.endswith("\n")
-    assert said.err.startswith(f"{os.path.basename(sys.argv[0])}: error: ") and "Traceback" not in said.err
-    return said.err
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 from helpers import snapshot
 
 import checkpoint
+import files
 from testers import images, trained_model
 from vector_quantizer import CODEBOOK_UPDATES
 
@@ -46,7 +47,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path / "model.pt", {"a": 2})
     assert snapshot(tmp_path) == before

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import io
 import re
 import threading
 
@@ -101,7 +102,15 @@ def test_damaged_mnist_files_are_named(tmp_path, name, damage):
 
 def test_damaged_bundle_is_named(tmp_path, monkeypatch):
     contents = data.BUNDLED.read_bytes()
-    for damaged in (b"", contents[:1000], contents[:-1000], b"text" * 100, contents[:5000] + b"x" + contents[5001:]):
+    foreign, (images, labels) = [], bundled_digits()
+    for write in (lambda file: np.save(file, labels),
+                  lambda file: np.savez(file, images=images[:50], labels=labels[:50]),
+                  lambda file: np.savez(file, images=images.astype(np.float32), labels=labels),
+                  lambda file: np.savez(file, pictures=images, labels=labels)):
+        write(file := io.BytesIO())
+        foreign.append(file.getvalue())
+    for damaged in (b"", contents[:1000], contents[:-1000], b"text" * 100, contents[:5000] + b"x" + contents[5001:],
+                    *foreign):
         path = tmp_path / "MNIST-10k.npz"
         path.write_bytes(damaged)
         monkeypatch.setattr(data, "BUNDLED", path)

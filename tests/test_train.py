@@ -138,7 +138,7 @@ def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
     for step, value in logged.items():
         assert value == pytest.approx(1e-3 * (1 + np.cos(np.pi * (step - 1) / 36)) / 2, rel=1e-4)
     last = checkpoint.load(tmp_path / "models" / "vqvae" / "last.pt")
-    assert last["training"]["schedule"]["last_epoch"] == 36 and last["config"]["codebook_update"] == "ema"
+    assert last["training"]["progress"]["step"] == 36 and last["config"]["codebook_update"] == "ema"
     assert (last["model"]["quantizer.cluster_sizes"] > 0).all()
     model, _ = checkpoint.load_model(tmp_path / "models" / "vqvae" / "best.pt")
     assert model.quantizer.ema
@@ -147,22 +147,17 @@ def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
 def test_use_of_the_codes_in_training_is_counted_over_each_epoch(mnist_folder):
     """Perplexity and codes used in training are those of all indices of that epoch's steps, and of no other."""
     script = import_script("VQ-VAE.py")
-    args = script.get_parser().parse_args(["--k", "32", "--hidden-size", "8"])
-    train_set, _ = data.load("MNIST", mnist_folder)
-    torch.manual_seed(0)
-    model, _ = script.build_model(args, channels=1)
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = script.SCHEDULES["constant"](optimizer, 1)
+    run = script.Run(script.get_parser().parse_args(["--data-folder", str(mnist_folder), "--k", "32",
+                                                     "--hidden-size", "8", "--batch-size", "50"]))
     for epoch in range(2):
         seen = []
-        hook = model.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output.indices))
-        batches = data.batches(train_set, 50, torch.Generator())      # 12 steps: logs of ten and of two
-        step, _, counts = script.train_one_epoch(model, batches, optimizer, schedule, args, mock.Mock(), 12 * epoch,
-                                                 mock.Mock())
+        hook = run.model.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output.indices))
+        steps = sum(1 for _ in run.take_steps(mock.Mock(log_dir="."), mock.Mock()))
         hook.remove()
-        assert step == 12 * (epoch + 1) and counts.sum() == 600 * 49
+        assert steps == 12 and run.progress.step == 12 * (epoch + 1) and run.progress.counts.sum() == 600 * 49
         indices = torch.cat([some.flatten() for some in seen])
-        assert counts.tolist() == [(indices == k).sum().item() for k in range(32)]
+        assert run.progress.counts.tolist() == [(indices == k).sum().item() for k in range(32)]
+        run.progress.next_epoch(run.order)
 
 
 def test_restarts_are_counted_in_each_epoch_anew(mnist_folder, tmp_path, monkeypatch):
@@ -256,7 +251,7 @@ def test_checkpoints_give_the_figures_of_the_track(trained):
     best = int(np.argmin(columns["test_recon"])) + 1
     assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
     last = checkpoint.load(folder / "last.pt")
-    assert set(last["training"]) == {"optimizer", "schedule", "random"}
+    assert set(last["training"]) == {"settings", "progress", "optimizer", "random"}
     assert all(torch.equal(last["model"][name], value) for name, value in model.state_dict().items())
 
 
@@ -310,12 +305,14 @@ def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp
 def test_losses_that_are_no_longer_finite_stop_the_run_in_one_line(tmp_path):
     done = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 1000, "--hidden-size", 8, "--k", 16,
                       "--lr", 1e30, cwd=tmp_path)
-    assert done.returncode == 2 and "--lr 1e+30" in done.stderr and "Traceback" not in done.stderr
-    assert not list((tmp_path / "models" / "vqvae").glob("*.pt"))
+    assert done.returncode == 2 and "--lr 1e+30: the " in done.stderr and done.stderr.count("\n") == 1
+    assert re.search(r"loss of step \d, in epoch 1, is (inf|nan): try a lower rate", done.stderr)
+    assert [path.name for path in (tmp_path / "models" / "vqvae").glob("*.pt")] == ["last.pt"]
+    assert checkpoint.load_model(tmp_path / "models" / "vqvae" / "last.pt")[1]["step"] == 0
 
 
 def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("VQ-VAE.py", "generate.py", "evaluate.py", "figures.py"):
+    for name in ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "figures.py"):
         assert import_script(name).get_parser().parse_args([])
     assert not list(tmp_path.iterdir())

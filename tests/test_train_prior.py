@@ -5,16 +5,17 @@ import math
 import re
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, events, import_script, run_script, snapshot
 from PIL import Image
-from tqdm import tqdm
 
 import checkpoint
 import data
+import resume
 
 SMALL = ("--dataset", "MNIST-10k", "--layers", "2", "--width", "64", "--heads", "4", "--num-epochs", "2",
          "--batch-size", "64")
@@ -39,7 +40,8 @@ def track(folder):
 
 
 def test_prior_is_written_beside_the_model_and_logged_with_it(folder):
-    assert {path.name for path in (folder / "models" / "run").iterdir()} == {"best.pt", "prior.pt", "prior-track.txt"}
+    assert {path.name for path in (folder / "models" / "run").iterdir()} == {
+        "best.pt", "prior.pt", "prior-last.pt", "prior-track.txt"}
     run, columns = events(folder / "logs" / "run"), track(folder)
     assert set(run.Tags()["scalars"]) == {"prior/train", "prior/test", "prior/bits_per_pixel"}
     assert [event.step for event in run.Images("prior/samples")] == [1, 2]
@@ -95,15 +97,22 @@ def test_each_image_is_learned_once_an_epoch_with_its_label_and_the_shift_of_its
             self.seen.append((indices[:, 0, 0], labels, shifts))
             return self.scale.expand(len(indices))
 
+    script, args = import_script("train_prior.py"), SimpleNamespace(batch_size=6, device="cpu", lr=0.1)
+    run, prior = script.Run.__new__(script.Run), Recorder()
+    optimizer = torch.optim.SGD([prior.scale], lr=args.lr)
+    resume.Run.__init__(run, args, {}, prior, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
+                        torch.Generator().manual_seed(0), steps=4, images=20)
     # Code map s of image n holds the number 20·s + n everywhere, and n is its label.
-    maps, prior = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2), Recorder()
-    optimizer = torch.optim.SGD([prior.scale], lr=0.1)
-    import_script("train_prior.py").train_one_epoch(
-        prior, maps, torch.arange(20), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
-        SimpleNamespace(batch_size=6, device="cpu"), torch.Generator().manual_seed(0), tqdm(disable=True))
-    codes, labels, shifts = (torch.cat(parts) for parts in zip(*prior.seen))
-    assert torch.equal(codes, 20 * shifts + labels)
-    assert sorted(labels.tolist()) == list(range(20)) and set(shifts.tolist()) == {0, 1, 2}
+    run.train_maps = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
+    run.train_set = data.Images(None, torch.arange(20))
+    for _epoch in range(2):
+        prior.seen.clear()
+        assert sum(1 for _ in run.take_steps(mock.Mock(log_dir="."), mock.Mock())) == 4
+        codes, labels, shifts = (torch.cat(parts) for parts in zip(*prior.seen))
+        assert torch.equal(codes, 20 * shifts + labels)
+        assert sorted(labels.tolist()) == list(range(20)) and set(shifts.tolist()) == {0, 1, 2}
+        assert run.progress.images == 20
+        run.progress.next_epoch(run.order)
 
 
 def test_rate_warms_up_and_falls_to_zero():
@@ -238,7 +247,7 @@ def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, tmp
     shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "nats_per_code", lambda *_: next(losses))
-    monkeypatch.setattr(script, "train_one_epoch", lambda *_: 0.0)
+    monkeypatch.setattr(script.Run, "take_steps", lambda run, *_: setattr(run.progress, "images", 1) or ())
     script.main(["--model", "models/run/best.pt", "--dataset", "MNIST-10k", "--shift", "0", "--width", "12",
                  "--drop-label", "0.3", "--dropout", "0.2"])
     _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")

@@ -1,0 +1,231 @@
+"""A training that can stop after any step and go on as if it had not: what is written down for that, and read back."""
+
+import math
+import random
+import signal
+import time
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+
+LOG_EVERY = 10          # steps between two moments when the losses come from the device
+MOST_STEPS = 10**7      # that a run can go on after: the schedule takes them again
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a training stands, in plain values and tensors. L losses are taken at each step."""
+
+    order: torch.Tensor             # state of the data order's generator when the epoch under way began
+    sums: torch.Tensor              # (L,), of the losses of its images
+    waiting: torch.Tensor           # (LOG_EVERY, L), of the steps that are not logged yet; still on the device
+    epoch: int = 1                  # the one under way
+    batches: int = 0                # its steps that are done
+    images: int = 0                 # the images in them
+    step: int = 0                   # steps since the training began
+    best: float = math.inf          # the lowest test loss
+    best_epoch: int = 0
+    seconds: float = 0.0            # spent in the epoch
+    track: list = field(default_factory=list)           # the lines of the text track
+
+    def add(self, losses, images):
+        """One more step, with its losses (L,) and its number of images."""
+        self.waiting[self.batches % LOG_EVERY] = losses
+        self.sums += losses.double() * images
+        self.batches, self.step, self.images = self.batches + 1, self.step + 1, self.images + images
+
+    def latest_losses(self):
+        """(n, L): those of the steps since the latest log."""
+        return self.waiting[:(self.batches - 1) % LOG_EVERY + 1 if self.batches else 0]
+
+    def next_epoch(self, order):
+        self.order = order.get_state()
+        self.sums.zero_()
+        self.epoch, self.batches, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+class Run:
+    """A training with all that changes in it: what train_prior.py and VQ-VAE.py have in common.
+
+    Each makes it from its arguments, takes its steps, and finishes its epochs. about: what the
+    checkpoint says of the model, beside its weights; losses: the names of the L losses.
+    """
+
+    losses = ()
+
+    def __init__(self, args, about, model, optimizer, schedule, order, steps, images, progress=Progress, **more):
+        self.args, self.about, self.model, self.optimizer, self.schedule = args, about, model, optimizer, schedule
+        self.order, self.steps, self.images = order, steps, images    # steps and images of an epoch
+        L = len(self.losses)
+        self.progress = progress(order=order.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
+                                 sums=torch.zeros(L, dtype=torch.float64, device=args.device), **more)
+
+    def finished(self):
+        return self.progress.epoch > self.args.num_epochs
+
+    def learn(self, writer, last, signals):
+        """Epoch after epoch, until the last one is done or a signal asks to stop; the file `last` holds where."""
+        progress, every = self.progress, self.args.save_every
+        if not progress.step:
+            writer.flush()
+            self.save(last)
+        while not self.finished() and not signals.received:
+            start = time.perf_counter() - progress.seconds
+            with tqdm(total=self.images, initial=progress.images, desc=f"epoch {progress.epoch}/{self.args.num_epochs}",
+                      unit="img", unit_scale=True, leave=False, disable=None) as bar:
+                for _ in self.take_steps(writer, bar):
+                    progress.seconds = time.perf_counter() - start
+                    if signals.received or (every and progress.step % every == 0):
+                        writer.flush()
+                        self.save(last)
+                    if signals.received:
+                        break
+                else:
+                    bar.close()
+                    self.finish_epoch(writer, last.parent, start)
+                    progress.next_epoch(self.order)
+                    writer.flush()          # what is in the file is in the logs too
+                    self.save(last)
+
+    def save(self, path):
+        """Write all that the training needs to go on from here. An epoch counts when it is over."""
+        self.check_finite()
+        checkpoint.save(path, {
+            **self.about, "model": self.model.state_dict(), "epoch": self.progress.epoch - 1,
+            "step": self.progress.step, "training": {
+                "settings": vars(self.args), "progress": vars(self.progress), "random": random_states(),
+                "optimizer": self.optimizer.state_dict()["state"]}})
+
+    def check_finite(self):
+        """Raise ValueError if a loss since the latest log, or a weight, is no finite number."""
+        rows, advice = self.progress.latest_losses().tolist(), "try a lower rate; what was saved is from before"
+        where = f"step {self.progress.step}, in epoch {self.progress.epoch}"
+        for step, values in enumerate(rows, self.progress.step - len(rows) + 1):
+            for name, value in zip(self.losses, values):
+                if not math.isfinite(value):
+                    raise ValueError(f"--lr {self.args.lr:g}: the {name} loss of step {step}, in epoch "
+                                     f"{self.progress.epoch}, is {value}: {advice}")
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise ValueError(f"--lr {self.args.lr:g}: a weight is no finite number after {where}: {advice}")
+
+    def go_on(self, saved):
+        """Bring a fresh run to where it stood when the checkpoint was written, whose contents are `saved`.
+
+        Raises ValueError if they are not complete, do not fit, or the run has finished.
+        """
+        try:
+            training, progress = saved["training"], self.progress
+            for name, fresh in vars(progress).items():
+                setattr(progress, name, _like(fresh, training["progress"][name], name))
+            if (len(progress.track) != progress.epoch or progress.best_epoch >= progress.epoch
+                    or [line.split()[0] for line in progress.track[1:]] != [str(i) for i in range(1, progress.epoch)]
+                    or progress.batches > self.steps or progress.step > MOST_STEPS
+                    or progress.step != (progress.epoch - 1) * self.steps + progress.batches):
+                raise ValueError(f"step {progress.step} is not step {progress.batches} of epoch {progress.epoch}, "
+                                 f"of {self.steps} steps each")
+            self.model.load_state_dict(dict(saved["model"]))
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
+            _check_averages(self.optimizer)
+            self.order.set_state(progress.order)
+            restore_random_states(training["random"])
+        except Exception as error:      # a damaged file makes torch raise whatever it trips over
+            raise ValueError("what it says of the training is damaged or of another version of the code: "
+                             f"{type(error).__name__}: {error}") from error
+        if progress.epoch > self.args.num_epochs:
+            raise ValueError(f"--num-epochs {self.args.num_epochs}: the run ended after epoch {progress.epoch - 1}, "
+                             "ask for more")
+        # The schedule takes its steps again: it may be a longer one than at the run's start.
+        with warnings.catch_warnings():     # of steps that the optimizer does not take
+            warnings.simplefilter("ignore")
+            for _ in range(progress.step):
+                self.schedule.step()
+
+
+def check_about(about, saved):
+    """Raise ValueError if a checkpoint's contents are of another model or data set than its settings say.
+
+    This comes before the model is made: what a damaged file asks for must not be built.
+    """
+    for name, value in about.items():
+        if saved.get(name) != value:
+            raise ValueError(f"its {name} is not the one that its settings say: the file is damaged")
+
+
+def _like(fresh, saved, name):
+    """A saved value, if it is of a fresh one's kind. A tensor is copied into the fresh one, whose shape it has."""
+    fits = type(saved) is type(fresh)
+    if fits and torch.is_tensor(fresh):
+        fits = saved.shape == fresh.shape and saved.dtype == fresh.dtype
+    elif fits and isinstance(fresh, list):
+        fits = all(isinstance(line, str) for line in saved)
+    elif fits:
+        fits = saved >= 0
+    if not fits:
+        raise ValueError(name)
+    return fresh.copy_(saved) if torch.is_tensor(fresh) else saved
+
+
+def _check_averages(optimizer):
+    """Raise ValueError if an Adam's averages do not fit its parameters. They get the parameters' memory layout."""
+    for parameter, state in optimizer.state.items():
+        if len(state) != 3 or state["step"].shape != ():
+            raise ValueError("the optimizer's state")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape or not state[name].isfinite().all():
+                raise ValueError("the optimizer's averages")
+            state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def seed_everything(seed):
+    """Seed every generator that a training may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)        # it takes no larger one
+    torch.manual_seed(seed)
+
+
+def random_states():
+    """The states of every generator that a training may draw from, as plain values."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    states = {"python": [version, list(numbers), gauss],
+              "numpy": [kind, keys.tolist(), position, has_gauss, cached], "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():         # by this training: it is not for a run on the CPU to start CUDA
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states):
+    """Bring every generator back to what random_states() saw. Raises something if a state is none."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    if not 0 <= position <= len(keys):
+        raise ValueError(f"position {position} of {len(keys)}")
+    np.random.set_state((kind, keys, position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_initialized() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+# ---------------------------------------------------------------- being asked to stop
+
+class Signals:
+    """SIGINT and SIGTERM, kept until the step under way is done: `received` is the first one's number, or None."""
+
+    def __enter__(self):
+        self.received = None
+        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _frame):
+        self.received = self.received or number

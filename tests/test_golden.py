@@ -1,0 +1,107 @@
+"""Files of every format that was ever written, with the outputs that they must give, whatever the code becomes.
+
+python3 tests/test_golden.py writes those that are not there yet, which is for new formats alone.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+from modules import VectorQuantizedVAE
+from prior import CodePrior
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+MODELS = ("state-dict-of-the-published-code", "vqvae-format-1", "vqvae-ema-format-1")
+PRIORS = {"prior-format-1": "vqvae-format-1"}
+
+
+def digits():
+    """Three of the bundled test digits: (3, 1, 28, 28) in [-1, 1]."""
+    return data.to_model_range(data.load("MNIST-10k", "MNIST")[1].images[:3])
+
+
+@torch.no_grad()
+def model_outputs(path):
+    model, contents = checkpoint.load_model(path)
+    output = model(digits())
+    return {"indices": output.indices.numpy(), "reconstruction": output.reconstruction.numpy(),
+            "codes": model.quantizer.num_codes, "shape": contents["dataset"]["shape"]}
+
+
+@torch.no_grad()
+def prior_outputs(path, vqvae_path):
+    prior, _ = checkpoint.load_prior(path, vqvae_path)
+    indices = checkpoint.load_model(vqvae_path)[0].encode(digits())
+    return {"log_prob": prior.log_prob(indices, torch.tensor([3, 5, 10])).numpy(),
+            "most_probable": prior.sample(torch.arange(10), top_k=1).numpy()}
+
+
+def expected(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_an_older_format_gives_what_it_gave(name):
+    found, known = model_outputs(GOLDEN / f"{name}.pt"), expected(name)
+    assert found.keys() == known.keys() and known["reconstruction"].std() > 0.1
+    for key, value in known.items():
+        assert np.allclose(found[key], value, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_prior_of_an_older_format_gives_what_it_gave(name):
+    found, known = prior_outputs(GOLDEN / f"{name}.pt", GOLDEN / f"{PRIORS[name]}.pt"), expected(name)
+    assert found.keys() == known.keys() and len(np.unique(known["log_prob"])) == 3
+    for key, value in known.items():
+        assert np.allclose(found[key], value, rtol=1e-5), key
+
+
+def test_there_is_a_file_of_every_format_up_to_this_one():
+    names = {path.stem for path in GOLDEN.glob("*.pt")}
+    assert names == {*MODELS, *PRIORS}
+    assert {f"{kind}-format-{n}" for kind in ("vqvae", "prior") for n in range(1, checkpoint.FORMAT + 1)} <= names
+
+
+def write_missing():
+    """Random weights, scaled so that outputs depend on all of them, and latents of the digits as codes."""
+    from test_published_network import published_state
+    published = published_state(hidden_size=4, num_codes=8)
+    model = VectorQuantizedVAE(1, 4, 8).eval()
+    model.load_state_dict(published, strict=False)
+    with torch.no_grad():
+        latents = model.encoder(digits()).permute(0, 2, 3, 1).flatten(0, 2)
+    published["codeBook.embedding.weight"] = latents[torch.randperm(len(latents))[:8]]
+    contents = {"state-dict-of-the-published-code": published}
+    for name, update in (("vqvae-format-1", "gradient"), ("vqvae-ema-format-1", "ema")):
+        config = {"channels": 1, "hidden_size": 4, "num_codes": 8, "codebook_update": update}
+        model = VectorQuantizedVAE(**config)
+        state = {key: published[key] for key in published if key in model.state_dict()}
+        codebook = {"quantizer.codebook": published["codeBook.embedding.weight"],
+                    "quantizer.initialised": torch.tensor(True)}
+        model.load_state_dict(model.state_dict() | state | codebook)
+        contents[name] = {"format": 1, "kind": "vqvae", "config": config, "model": model.state_dict(), "epoch": 2,
+                          "step": 20, "dataset": {"name": "MNIST", "shape": [1, 28, 28]},
+                          "test": {"reconstruction": 0.5}}
+    for name, value in contents.items():
+        if not (GOLDEN / f"{name}.pt").exists():
+            checkpoint.save(GOLDEN / f"{name}.pt", value)
+            np.savez(GOLDEN / f"{name}.npz", **model_outputs(GOLDEN / f"{name}.pt"))
+    for name, vqvae in PRIORS.items():
+        if not (GOLDEN / f"{name}.pt").exists():
+            config = {"num_codes": 8, "height": 7, "width": 7, "layers": 1, "embedding": 8, "heads": 2, "num_shifts": 2}
+            prior = CodePrior(**config)
+            checkpoint.save(GOLDEN / f"{name}.pt", {
+                "format": 1, "kind": "prior", "config": config, "dataset": "MNIST", "epoch": 2,
+                "vqvae": checkpoint.sha256(GOLDEN / f"{vqvae}.pt"),
+                "model": {key: value * (20 if value.dim() > 1 else 1) for key, value in prior.state_dict().items()},
+                "test": {"nats_per_code": 2.0, "bits_per_pixel": 0.2}})
+            np.savez(GOLDEN / f"{name}.npz", **prior_outputs(GOLDEN / f"{name}.pt", GOLDEN / f"{vqvae}.pt"))
+
+
+if __name__ == "__main__":
+    write_missing()
