@@ -129,6 +129,8 @@ class Run:
                 raise ValueError(f"step {progress.step} is not step {progress.batches} of epoch {progress.epoch}, "
                                  f"of {self.steps} steps each")
             self.model.load_state_dict(dict(saved["model"]))
+            if not all(isinstance(state, dict) for state in training["optimizer"].values()):
+                raise ValueError("the optimizer's state")       # torch would warn before it fails
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
             _check_averages(self.optimizer)
