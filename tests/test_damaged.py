@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import import_script, run_script
+from helpers import import_script, run_script, write_mnist
 from test_published_network import published_state
 
 import checkpoint
@@ -275,9 +275,10 @@ def feed(folder, data, results):
 
 
 @pytest.fixture
-def folder(tmp_path, mnist_folder):
+def folder(tmp_path):
     """A small run with every kind of checkpoint, its last ones with an epoch to go, and a copy of it in good/."""
-    run, small = tmp_path / "models" / "run", ("--data-folder", mnist_folder, "--num-epochs", 1, "--batch-size", 100)
+    write_mnist(tmp_path / "data" / "MNIST" / "raw", train=120, test=40)
+    run, small = tmp_path / "models" / "run", ("--data-folder", "data", "--num-epochs", 1, "--batch-size", 20)
     for command in (("VQ-VAE.py", "--output-folder", "run", "--hidden-size", 8, "--k", 16, *small),
                     ("train_prior.py", "--model", "models/run/best.pt", "--layers", 1, "--width", 12, *small)):
         done = run_script(*command, cwd=tmp_path)
@@ -294,9 +295,9 @@ def folder(tmp_path, mnist_folder):
     return tmp_path
 
 
-def test_no_damaged_file_gets_more_than_its_one_line(folder, mnist_folder):
+def test_no_damaged_file_gets_more_than_its_one_line(folder):
     results = folder / "results.json"
-    process = multiprocessing.get_context("spawn").Process(target=feed, args=(folder, str(mnist_folder), results))
+    process = multiprocessing.get_context("spawn").Process(target=feed, args=(folder, "data", results))
     process.start()
     process.join()
     assert process.exitcode == 0
