@@ -118,6 +118,7 @@ def be_deterministic(device):
 
 
 def build_model(config, device):
+    """The VectorQuantizedVAE of a configuration. Raises ValueError if there is no memory for it."""
     try:
         # Channels last: the layout in which convolutions are fastest, and the quantizer's own.
         return VectorQuantizedVAE(**config).to(device, memory_format=torch.channels_last)
@@ -194,8 +195,7 @@ class Run(resume.Run):
             progress.counts.index_add_(0, chosen, torch.ones_like(chosen))
             bar.update(len(x))
             if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
-                self.check_finite()             # here alone the device is waited for
-                mean = Losses(*progress.latest_losses().mean(dim=0).tolist())
+                mean = Losses(*self.finite_losses().mean(dim=0).tolist())
                 tracking.log_steps(writer, progress.step, mean, lr)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
             yield

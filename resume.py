@@ -14,6 +14,7 @@ from tqdm import tqdm
 import checkpoint
 
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
+ADVICE = "try a lower rate; what was saved is from before"
 MOST_STEPS = 10**7      # that a run can go on after: the schedule takes them again
 
 
@@ -101,17 +102,25 @@ class Run:
                 "settings": vars(self.args), "progress": vars(self.progress), "random": random_states(),
                 "optimizer": self.optimizer.state_dict()["state"]}})
 
-    def check_finite(self):
-        """Raise ValueError if a loss since the latest log, or a weight, is no finite number."""
-        rows, advice = self.progress.latest_losses().tolist(), "try a lower rate; what was saved is from before"
-        where = f"step {self.progress.step}, in epoch {self.progress.epoch}"
-        for step, values in enumerate(rows, self.progress.step - len(rows) + 1):
+    def finite_losses(self):
+        """(n, L), on the CPU: the losses since the latest log. Raises ValueError if one is no finite number.
+
+        Here alone the device is waited for.
+        """
+        losses, progress = self.progress.latest_losses().cpu(), self.progress
+        for step, values in enumerate(losses.tolist(), progress.step - len(losses) + 1):
             for name, value in zip(self.losses, values):
                 if not math.isfinite(value):
                     raise ValueError(f"--lr {self.args.lr:g}: the {name} loss of step {step}, in epoch "
-                                     f"{self.progress.epoch}, is {value}: {advice}")
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            raise ValueError(f"--lr {self.args.lr:g}: a weight is no finite number after {where}: {advice}")
+                                     f"{progress.epoch}, is {value}: {ADVICE}")
+        return losses
+
+    def check_finite(self):
+        """Raise ValueError if a loss since the latest log, or a weight, is no finite number."""
+        self.finite_losses()
+        if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
+            raise ValueError(f"--lr {self.args.lr:g}: a weight is no finite number after step {self.progress.step}, "
+                             f"in epoch {self.progress.epoch}: {ADVICE}")
 
     def go_on(self, saved):
         """Bring a fresh run to where it stood when the checkpoint was written, whose contents are `saved`.

@@ -163,9 +163,8 @@ class Run(resume.Run):
             progress.add(loss.detach().view(1), len(rows))
             bar.update(len(rows))
             if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
-                self.check_finite()             # here alone the device is waited for
                 tracking.check_there(writer)
-                bar.set_postfix({"nats": f"{progress.latest_losses().mean().item():.4f}"}, refresh=False)
+                bar.set_postfix({"nats": f"{self.finite_losses().mean().item():.4f}"}, refresh=False)
             yield
 
     def finish_epoch(self, writer, folder, start):
