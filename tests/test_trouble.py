@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, refuse, run_script, run_without_privileges, snapshot, start, wait_for
+from helpers import ROOT, import_script, refuse, run_script, run_without_privileges, snapshot, start, wait_for
 
 import checkpoint
 import cli
@@ -241,6 +241,19 @@ def test_a_loss_that_is_not_finite_is_named_and_the_good_checkpoint_stays(script
     assert step and contents["step"] < int(step[2]) <= contents["step"] + 10
     assert step[1] in (("reconstruction", "codebook", "commitment") if script == "VQ-VAE.py" else ("prior",))
     assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"} == before
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, mnist_folder):
+    """The losses of a step are from before its update, and may still be finite."""
+    script = import_script("VQ-VAE.py")
+    run = script.Run(script.get_parser().parse_args(["--data-folder", str(mnist_folder), "--hidden-size", "8"]))
+    run.save(tmp_path / "last.pt")
+    before = snapshot(tmp_path)
+    with torch.no_grad():
+        run.model.decoder[3].bias[2] = torch.inf
+    with pytest.raises(ValueError, match=r"--lr 0.0002: a weight is no finite number after step 0, in epoch 1"):
+        run.save(tmp_path / "last.pt")
+    assert snapshot(tmp_path) == before
 
 
 # ---------------------------------------------------------------- --resume that cannot be
