@@ -75,6 +75,7 @@ def get_parser():
                        help=f"seed of weights, data order and restarts {shown}")
     group.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
                        help=f"cpu, cuda or cuda:N {shown}")
+    cli.add_speed_arguments(group)
 
     group = parser.add_argument_group("output")
     group.add_argument("--output-folder", type=cli.name_inside("models"), default="vqvae", metavar="NAME",
@@ -173,6 +174,13 @@ class Run(resume.Run):
         super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),
                          Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
                          counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
+        self.compiled = self.fast(self.losses_of)
+
+    def losses_of(self, x):
+        """Losses of images x (B, C, H, W), and the codes chosen (B·h·w,)."""
+        with self.autocast():
+            output = self.model(x)
+            return vqvae_losses(x, output, self.args.beta), output.indices.flatten()
 
     def take_steps(self, writer, bar):
         """The steps of the epoch that are not done yet. Yields after each of them, so that the run can be saved."""
@@ -182,8 +190,9 @@ class Run(resume.Run):
             if number < progress.batches:       # done before the run was broken off
                 continue
             x = data.to_model_range(images, args.device)              # (B, C, H, W)
-            output = self.model(x)
-            losses = vqvae_losses(x, output, args.beta)
+            # K-means asks the codebook whether it has been, and a batch that is not full would be compiled again.
+            whole = len(x) == args.batch_size and self.model.quantizer.known_initialised
+            losses, chosen = (self.compiled if whole else self.losses_of)(x)
             self.optimizer.zero_grad()
             losses.total.backward()
             self.optimizer.step()
@@ -191,7 +200,6 @@ class Run(resume.Run):
             self.schedule.step()
 
             progress.add(torch.stack(losses).detach(), len(x))
-            chosen = output.indices.flatten()                         # (B·h·w,)
             progress.counts.index_add_(0, chosen, torch.ones_like(chosen))
             bar.update(len(x))
             if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:

@@ -19,7 +19,7 @@ import data
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
 # When a run goes on, these may be given anew: they do not change what it learns in a step.
-MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every")
+MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,10 +59,10 @@ class Parser(argparse.ArgumentParser):
                 if given[name] not in (nothing, None):
                     raise ValueError(f"{flag} {given[name]} contradicts the run, which was started without {flag}")
                 continue
-            if not isinstance(settings[name], int | float | str):
+            if not isinstance(settings[name], bool if action.nargs == 0 else int | float | str):
                 raise ValueError(f"the run's {flag} is no number and no name: the file is damaged")
             try:
-                value = (action.type or str)(str(settings[name]))
+                value = settings[name] if action.nargs == 0 else (action.type or str)(str(settings[name]))
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"the run's {flag}: {error}") from error
             if given[name] not in (nothing, value):
@@ -103,7 +103,17 @@ def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
-# ---------------------------------------------------------------- runs that may be broken off
+# ---------------------------------------------------------------- training
+
+def add_speed_arguments(group):
+    """The flags of every script whose training can be made faster."""
+    group.add_argument("--amp", action="store_true",
+                       help="take products and convolutions in bfloat16: faster where the processor or the GPU "
+                            "multiplies such numbers itself (default: float32)")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the step with torch.compile: takes half a minute, then each step is faster "
+                            "(default: run it as it is written)")
+
 
 def add_run_arguments(group, what):
     """The flags of every script whose training can go on. `what` says what --overwrite replaces."""

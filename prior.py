@@ -26,13 +26,16 @@ class Block(nn.Module):
         """cache, a list of the earlier positions' keys and values, is made longer by x's own."""
         B, T, E = x.shape
         heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
+        if x.device.type == "cpu":      # torch's attention in bfloat16 is eight times slower there, backward
+            heads = heads.float()
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)          # each (B, heads, T, E/heads)
         if cache is not None:
             if cache:
                 keys, values = torch.cat([cache[0], keys], dim=2), torch.cat([cache[1], values], dim=2)
             cache[:] = keys, values
         # With a cache there is one new position, which may look at all that came before.
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
+        with torch.autocast("cpu", enabled=False):
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
         x = x + self.drop(self.project(attended.transpose(1, 2).reshape(B, T, E)))
         return x + self.drop(self.perceptron(self.perceptron_norm(x)))
 
@@ -142,7 +145,9 @@ class CodePrior(nn.Module):
     def _labels(self, labels, count):
         if labels is None:
             return torch.full((count,), self.num_classes, device=self.positions.device)
-        if labels.shape != (count,) or (count and not 0 <= labels.min() <= labels.max() <= self.num_classes):
+        # To look at the values would break a compiled graph; its look-up refuses them by itself.
+        fit = torch.compiler.is_compiling() or not count or 0 <= labels.min() <= labels.max() <= self.num_classes
+        if labels.shape != (count,) or not fit:
             raise ValueError(f"labels are ({count},) whole numbers from 0 to {self.num_classes}, the last for none")
         return labels
 

@@ -3,6 +3,7 @@
 import math
 import random
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import fast
 
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
 ADVICE = "try a lower rate; what was saved is from before"
@@ -62,9 +64,20 @@ class Run:
     def __init__(self, args, about, model, optimizer, schedule, order, steps, images, progress=Progress, **more):
         self.args, self.about, self.model, self.optimizer, self.schedule = args, about, model, optimizer, schedule
         self.order, self.steps, self.images = order, steps, images    # steps and images of an epoch
+        fast.keep_freed_memory()
         L = len(self.losses)
         self.progress = progress(order=order.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
                                  sums=torch.zeros(L, dtype=torch.float64, device=args.device), **more)
+
+    def fast(self, function):
+        """With --compile, function compiled by torch."""
+        def say(why):
+            tqdm.write(f"--compile: torch could not ({why}); the training goes on without", file=sys.stderr)
+        return fast.compiled(function, say) if self.args.compile else function
+
+    def autocast(self):
+        """With --amp the products and convolutions inside are taken in bfloat16."""
+        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
 
     def finished(self):
         return self.progress.epoch > self.args.num_epochs

@@ -47,17 +47,22 @@ def vq(inputs, codebook):
         flat = inputs.reshape(-1, inputs.shape[-1]).float()           # (N, D)
         offset = _shared_offset(flat)
         codes = codebook.float() - offset                             # (K, D)
-        squares = codes.square().sum(dim=1)                           # (K,)
+        # ‖z − e‖² without ‖z‖², which is the same for every code, as the product of (z, 1) and
+        # (−2e, ‖e‖²): to add ‖e‖² afterwards would take another walk through all the scores.
+        weights = torch.cat([-2 * codes, codes.square().sum(dim=1, keepdim=True)], dim=1)             # (K, D + 1)
         # Up to whole registers: a product's last columns may round in another way than the
         # others, and then equal codes would not tie.
-        padding = -K % REGISTER
-        codes, squares = F.pad(codes, (0, 0, 0, padding)), F.pad(squares, (0, padding))
+        weights = F.pad(weights, (0, 0, 0, -K % REGISTER)).T          # (D + 1, K + padding)
+        block = max(1, min(len(flat), BLOCK_SCORES // weights.shape[1]))              # rows
+        moved, scores = flat.new_ones(block, len(weights)), flat.new_empty(block, weights.shape[1])
         nearest = []
-        for rows in flat.split(max(1, BLOCK_SCORES // len(codes))):
-            # ‖z − e‖² without ‖z‖², which is the same for every code. min(), not argmin(): it
-            # promises the first index as well and is more than twice as fast on a CPU.
-            scores = torch.addmm(squares, rows - offset, codes.T, alpha=-2)           # (rows, K + padding)
-            nearest.append(scores[:, :K].min(dim=1).indices)
+        for rows in flat.split(block):
+            n = len(rows)
+            moved[:n, :-1] = rows - offset                            # (z, 1)
+            torch.mm(moved[:n], weights, out=scores[:n])
+            # min(), not argmin(): it promises the first index as well and is more than twice as
+            # fast on a CPU.
+            nearest.append(scores[:n, :K].min(dim=1).indices)
     return torch.cat(nearest).view(inputs.shape[:-1])
 
 
@@ -67,9 +72,10 @@ def _shared_offset(latents):
     Distances do not change, but ‖e‖² − 2 z·e cancels badly in float32 when the latents share a
     large offset. The offset is a multiple of a power of two no smaller than the latents' spread:
     zero for latents around the origin, whatever the batch, and subtracting it does not round away
-    an exact tie.
+    an exact tie. Some 256 latents, evenly spread, are enough to find it.
     """
-    deviation, mean = torch.std_mean(latents, dim=0, correction=0)
+    some = latents[::max(1, len(latents) // 256)]
+    deviation, mean = torch.std_mean(some, dim=0, correction=0)
     step = torch.exp2(torch.frexp(8 * deviation.max()).exponent.float())
     return torch.nan_to_num(torch.round(mean / step) * step, nan=0, posinf=0, neginf=0)
 
@@ -82,8 +88,12 @@ def vq_st(inputs, codebook):
     added up in the rows of the codebook that were used.
     """
     indices = vq(inputs, codebook)
-    codes = F.embedding(indices, codebook)                            # (..., D)
-    return codes + (inputs - inputs.detach()), indices.flatten()      # adds zero; carries gradient
+    return straight_through(inputs, F.embedding(indices, codebook)), indices.flatten()
+
+
+def straight_through(inputs, codes):
+    """codes, in value and in their own gradient; the same gradient goes unchanged to inputs as well."""
+    return codes + (inputs - inputs.detach())                         # adds zero
 
 
 @torch.no_grad()
@@ -133,7 +143,7 @@ class VectorQuantizer(nn.Module):
         # How many codes have moved in all. A figure to look at, no part of the state.
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64), persistent=False)
         # Asking the buffer at every step would wait for the GPU each time.
-        self._known_initialised = False
+        self.known_initialised = False
 
     def forward(self, z_e):
         """z_e (B, D, h, w) → Quantized. Worked shapes: (16, 40, 7, 7) → 784 vectors of size 40.
@@ -145,12 +155,14 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"z_e {tuple(z_e.shape)} is not (B, {self.dim}, h, w)")
         B, D, h, w = z_e.shape
         flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                 # (N, D), N = B·h·w
-        if self.training and not self._known_initialised:
+        flat = flat.to(self.codebook.dtype)         # under autocast too
+        if self.training and not self.known_initialised:
             self._initialise(flat)
 
-        # The decoder's gradient goes to the encoder alone; the codebook learns by its own loss.
-        codes, indices = vq_st(flat, self.codebook.detach())          # (N, D), (N,)
+        indices = vq(flat, self.codebook)                             # (N,)
         chosen = F.embedding(indices, self.codebook)                  # (N, D)
+        # The decoder's gradient goes to the encoder alone; the codebook learns by its own loss.
+        codes = straight_through(flat, chosen.detach())               # (N, D)
         codebook_loss = F.mse_loss(chosen, flat.detach())             # eq. 3, second term
         commitment_loss = F.mse_loss(flat, chosen.detach())           # eq. 3, third term / β
         if self.training and self.ema:
@@ -178,12 +190,11 @@ class VectorQuantizer(nn.Module):
             everyone = torch.ones_like(self.initialised).expand(self.num_codes)
             self._place(everyone, kmeans(flat, self.num_codes))
             self.initialised.fill_(True)
-        self._known_initialised = True
+        self.known_initialised = True
 
     @torch.no_grad()
     def _move_averages(self, flat, indices):
         """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i."""
-        flat = flat.to(self.cluster_sums.dtype)     # that of the codebook, under autocast too
         ones = torch.ones_like(flat[:, 0])
         sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
         sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)
@@ -215,4 +226,4 @@ class VectorQuantizer(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._known_initialised = False
+        self.known_initialised = False

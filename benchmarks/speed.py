@@ -1,0 +1,361 @@
+"""How fast is it, against the usual way and against the machine's limit: python3 benchmarks/speed.py [PART ...]
+
+Parts: training, quantizer, quality, sampling, limit. What is compared in a part is measured in turn, in one run, each
+in a process of its own.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import usual  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+import cli  # noqa: E402
+import files  # noqa: E402
+import fast  # noqa: E402
+from metrics import evaluate  # noqa: E402
+from vector_quantizer import VectorQuantizer  # noqa: E402
+
+D = 40
+SIZES = [(6_272, 64), (6_272, 512), (6_272, 4_096), (6_272, 16_384), (100_000, 64), (100_000, 512), (100_000, 4_096),
+         (1_000_000, 64), (1_000_000, 512), (1_000_000, 8_192)]      # N latents, K codes
+MOST_SCORES = 6e8               # N × K above which those with a full matrix are left out: it takes gigabytes
+AIM = 0.0278                    # the test MSE at which the published training ended
+RECIPES = {
+    "published": "--codebook-init uniform --restart-after 0",
+    "recommended": "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema "
+                   "--restart-after 100",
+}
+GIVE_UP = 60                    # times what the recommended recipe took, or what is left of the published ten epochs
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__)
+    shown = "(default: %(default)s)"
+    parser.add_argument("parts", nargs="*", type=cli.one_of(*PARTS), metavar="PART",
+                        help=f"{', '.join(PARTS)} (default: all of them)")
+    parser.add_argument("--rounds", type=cli.whole_number(1), default=5, metavar="N",
+                        help=f"measurements of each, of which the median is shown {shown}")
+    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
+                        help=f"where the complete MNIST is, for quality; the other parts need none {shown}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")
+    return parser
+
+
+# ---------------------------------------------------------------- measuring
+
+class Contender:
+    """A process that makes something to measure, and measures it whenever it is called."""
+
+    def __init__(self, make, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=False)
+        self.process.start()
+
+    def __call__(self, *arguments):
+        self.pipe.send(arguments)
+        result = self.pipe.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe, make, arguments):
+    measure = make(*arguments)
+    while True:
+        try:
+            given = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(measure(*given))
+        except Exception as error:
+            pipe.send(error)
+
+
+def in_turn(contenders, rounds, *arguments):
+    """{name: [result of each round]} of contenders {name: Contender}, after a round that does not count."""
+    results = {name: [] for name in contenders}
+    for number in tqdm(range(rounds + 1), desc="rounds", leave=False, disable=None):
+        for name, contender in contenders.items():
+            result = contender(*arguments)
+            if number:
+                results[name].append(result)
+    return results
+
+
+def spread(values):
+    """Median, and the range as a share of it."""
+    median = statistics.median(values)
+    return median, (max(values) - min(values)) / median
+
+
+def peak_memory():
+    """The highest memory (bytes) of this process since the last reset, and a function that resets it; Linux alone."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def reset_peak_memory():
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---------------------------------------------------------------- training
+
+def our_run(flags):
+    """A run of VQ-VAE.py, ready to train, and a writer for its logs."""
+    spec = importlib.util.spec_from_file_location("vqvae_script", ROOT / "VQ-VAE.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.Run(script.get_parser().parse_args(flags.split())), SummaryWriter(tempfile.mkdtemp())
+
+
+def our_training(flags):
+    """→ a function that trains for an epoch of the bundled digits and returns its images/s."""
+    run, writer = our_run(f"--dataset MNIST-10k {flags}")
+
+    def epoch():
+        start = time.perf_counter()
+        for _ in run.take_steps(writer, tqdm(disable=True)):
+            pass
+        speed = run.progress.images / (time.perf_counter() - start)
+        run.progress.next_epoch(run.order)
+        return speed
+    return epoch
+
+
+def training(args):
+    flags = {"eager": "", "--compile": "--compile", "--amp": "--amp", "--compile --amp": "--compile --amp"}
+    contenders = {"the usual way": Contender(usual.training, 128),
+                  **{name: Contender(our_training, given) for name, given in flags.items()}}
+    speeds = in_turn(contenders, args.rounds)
+    for contender in contenders.values():
+        contender.close()
+    measured, usually = [], statistics.median(speeds["the usual way"])
+    for name, values in speeds.items():
+        median, width = spread(values)
+        measured.append({"what": name, "images_per_second": round(median), "spread": round(width, 3),
+                         "times": round(median / usually, 2)})
+    return measured
+
+
+# ---------------------------------------------------------------- the quantizer
+
+def shape_of(N):
+    side = 7 if N % 49 == 0 else 4
+    return N // side**2, D, side, side
+
+
+def quantizer(kind):
+    """→ a function (N, K) → seconds and peak extra bytes of one forward and backward pass."""
+    if kind == "vector-quantize-pytorch":
+        from vector_quantize_pytorch import VectorQuantize
+
+    makers = {
+        "this repository": lambda K: VectorQuantizer(K, D, codebook_init="uniform", restart_after=0),
+        "full matrix": lambda K: usual.Quantizer(K, D, usual.full_matrix),
+        "torch.cdist": lambda K: usual.Quantizer(K, D, usual.cdist),
+        # Its codebook learned by its own loss, no rotation trick: the paper's, as the others.
+        "vector-quantize-pytorch": lambda K: VectorQuantize(
+            D, K, accept_image_fmap=True, learnable_codebook=True, ema_update=False, rotation_trick=False),
+    }
+    made = {}
+
+    def measure(N, K):
+        if (N, K) not in made:
+            torch.manual_seed(0)
+            made.clear()
+            made[N, K] = makers[kind](K), torch.randn(shape_of(N)).contiguous(memory_format=torch.channels_last)
+        module, z_e = made[N, K]
+        z_e = z_e.detach().requires_grad_()
+        before = reset_peak_memory() or peak_memory()
+        repeats = max(1, round(3e7 / (N * K)))
+        start = time.perf_counter()
+        for _ in range(repeats):
+            z_q, _, *losses = module(z_e)
+            (z_q.sum() + sum(loss.sum() for loss in losses)).backward()
+        seconds = (time.perf_counter() - start) / repeats
+        return seconds, before and peak_memory() - before
+    return measure
+
+
+def quantizers(args):
+    names = ["this repository", "full matrix", "torch.cdist"]
+    try:
+        version("vector-quantize-pytorch")
+        names.append("vector-quantize-pytorch")
+    except PackageNotFoundError:
+        print("vector-quantize-pytorch is left out: pip install -r benchmarks/requirements.txt", file=sys.stderr)
+    contenders = {name: Contender(quantizer, name) for name in names}
+    measured = []
+    for N, K in tqdm(SIZES, desc="sizes", leave=False, disable=None):
+        some = {name: contender for name, contender in contenders.items()
+                if N * K <= MOST_SCORES or name == "this repository"}
+        results = in_turn(some, args.rounds if N * K <= MOST_SCORES else 1, N, K)
+        for name, values in results.items():
+            median, width = spread([seconds for seconds, _ in values])
+            memory = max(extra for _, extra in values) if values[0][1] is not None else None
+            measured.append({"N": N, "K": K, "what": name, "ms": round(median * 1e3, 2), "spread": round(width, 3),
+                             "peak_MB": memory and round(memory / 1e6),
+                             "times": round(median / statistics.median(s for s, _ in results["this repository"]), 2)})
+    for contender in contenders.values():
+        contender.close()
+    return measured
+
+
+# ---------------------------------------------------------------- time to quality
+
+def time_to_quality(args):
+    """Seconds of training until the test MSE is AIM or lower; the tests themselves are not counted."""
+    measured, most = [], None
+    for name in ("recommended", "published"):
+        run, writer = our_run(f"--data-folder {args.data_folder} {RECIPES[name]}")
+        seconds, mse, check, start = 0.0, float("inf"), 10, time.perf_counter()
+        with tqdm(desc=name, total=run.steps * run.args.num_epochs, unit="step", leave=False, disable=None) as bar:
+            while mse > AIM and not run.finished() and (most is None or seconds < most):
+                for _ in run.take_steps(writer, tqdm(disable=True)):
+                    bar.update()
+                    if run.progress.step < check:
+                        continue
+                    seconds += time.perf_counter() - start
+                    mse = evaluate(run.model, run.test_batches, "cpu")[0].reconstruction
+                    run.model.train()
+                    check, start = max(check + 5, round(check * 1.05)), time.perf_counter()
+                    bar.set_postfix(mse=f"{mse:.4f}", refresh=False)
+                    if mse <= AIM or (most is not None and seconds >= most):
+                        break
+                else:
+                    run.progress.next_epoch(run.order)
+        measured.append({"what": name, "seconds": round(seconds, 1), "steps": run.progress.step,
+                         "batch_size": run.args.batch_size, "test_mse": round(mse, 4), "reached": mse <= AIM,
+                         "times": round(seconds / measured[0]["seconds"], 1) if measured else 1.0})
+        most = most or GIVE_UP * seconds
+    return measured
+
+
+# ---------------------------------------------------------------- sampling
+
+def sampler(cached):
+    prior = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)[0]
+
+    def measure(count):
+        labels, generator = torch.arange(count) % prior.num_classes, torch.Generator().manual_seed(0)
+        start = time.perf_counter()
+        for some in labels.split(500):
+            prior.sample(some, generator=generator) if cached else usual.uncached_sample(prior, some, generator)
+        return time.perf_counter() - start
+    return measure
+
+
+def sampling(args):
+    contenders = {"cached": Contender(sampler, True), "uncached": Contender(sampler, False)}
+    measured = []
+    for count, rounds in ((100, args.rounds), (10_000, 1)):
+        results = in_turn(contenders, rounds, count) if count == 100 else \
+            {name: [contender(count)] for name, contender in contenders.items()}
+        for name, values in results.items():
+            median, width = spread(values)
+            measured.append({"digits": count, "what": name, "seconds": round(median, 3), "spread": round(width, 3),
+                             "times": round(median / statistics.median(results["cached"]), 2)})
+    for contender in contenders.values():
+        contender.close()
+    return measured
+
+
+# ---------------------------------------------------------------- the limit
+
+def limits(flags):
+    """→ a function that measures the rate of products and of training, in float32 operations per second."""
+    fast.keep_freed_memory()
+    epoch = our_training(flags)
+    epoch()         # K-means is over
+    run, _ = our_run("--dataset MNIST-10k")
+    x = torch.randn(run.args.batch_size, 1, 28, 28)
+    run.losses_of(x)
+    with FlopCounterMode(display=False) as counter:
+        run.losses_of(x)[0].total.backward()
+    per_image = counter.get_total_flops() / len(x)
+    a = torch.randn(2048, 2048)
+
+    def measure():
+        start = time.perf_counter()
+        for _ in range(20):
+            a @ a
+        return 20 * 2 * len(a)**3 / (time.perf_counter() - start), per_image * epoch(), per_image
+    return measure
+
+
+def limit(args):
+    contender = Contender(limits, "")
+    results = in_turn({"eager": contender}, args.rounds)["eager"]
+    contender.close()
+    rate, reached, per_image = (statistics.median(values) for values in zip(*results))
+    return [{"what": "product of two 2,048 × 2,048 matrices", "GFLOP_per_second": round(rate / 1e9)},
+            {"what": "training, eager", "GFLOP_per_second": round(reached / 1e9),
+             "MFLOP_per_image": round(per_image / 1e6, 1), "share_of_limit": round(reached / rate, 2)}]
+
+
+PARTS = {"training": training, "quantizer": quantizers, "quality": time_to_quality, "sampling": sampling,
+         "limit": limit}
+
+
+# ---------------------------------------------------------------- the report
+
+def table(rows):
+    """Rows of the same kind as text, a column for each of their keys."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [["–" if row.get(name) is None else f"{row[name]:,}" if isinstance(row[name], int | float)
+                        and not isinstance(row[name], bool) else str(row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
+
+
+def about():
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"python": platform.python_version(), **packages, "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "vector_instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def main(argv=None):
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line():
+        if args.json:
+            with cli.named("--json", args.json):
+                cli.check_writable(args.json)
+        report = {"about": about()}
+        print(*(f"{name} {value}" for name, value in report["about"].items()), sep=", ")
+        for part in args.parts or PARTS:
+            report[part] = PARTS[part](args)
+            print(f"\n{part}\n{table(report[part])}", flush=True)
+        if args.json:
+            files.write_whole(args.json, (json.dumps(report, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
