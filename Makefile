@@ -5,7 +5,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := VQ-VAE.py checkpoint.py classifier.py cli.py data.py files.py metrics.py modules.py prior.py resume.py \
+CODE := VQ-VAE.py checkpoint.py classifier.py cli.py data.py fast.py files.py metrics.py modules.py prior.py resume.py \
 	tracking.py vector_quantizer.py
 
 all: models/$(NAME)/trained

@@ -47,7 +47,7 @@ def run_without_privileges(script, *arguments, cwd, **environment):
 
 def import_script(name):
     """A script as a module, for its parser and for main(argv) without a new process."""
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py").replace("-", "_"), ROOT / name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem.replace("-", "_"), ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

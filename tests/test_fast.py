@@ -1,0 +1,110 @@
+"""What makes a training faster changes nothing else: freed memory that is kept, --amp and --compile."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, import_script, refuse
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from prior import CodePrior
+from vector_quantizer import VectorQuantizer
+
+SMALL = ["--dataset", "MNIST-10k", "--hidden-size", "8", "--k", "32", "--batch-size", "64",
+         "--codebook-update", "ema", "--restart-after", "3"]
+needs_a_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+def ten_steps(folder, *flags):
+    """The losses (10, 4) of the first ten steps of VQ-VAE.py, and its run."""
+    script = import_script("VQ-VAE.py")
+    run = script.Run(script.get_parser().parse_args([*SMALL, *flags]))
+    with SummaryWriter(folder) as writer:
+        for _, _ in zip(range(10), run.take_steps(writer, tqdm(disable=True))):
+            pass
+    return run.progress.waiting.clone(), run
+
+
+@needs_a_compiler
+def test_compiled_steps_are_the_eager_ones_quantizer_and_all(tmp_path, capsys):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (expected, eager), (losses, compiled) = ten_steps(tmp_path), ten_steps(tmp_path, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and "--compile" not in capsys.readouterr().err
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+    assert compiled.progress.restarts == eager.progress.restarts > 0
+    state, reference = compiled.model.state_dict(), eager.model.state_dict()
+    assert list(state) == list(reference)               # torch.compile puts a prefix before names of its own
+    for name in ("quantizer.steps_unused", "quantizer.cluster_sizes", "quantizer.codebook"):
+        torch.testing.assert_close(state[name], reference[name], rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_compiler_the_training_goes_on_and_says_so_once(tmp_path):
+    command = [sys.executable, ROOT / "VQ-VAE.py", "--dataset", "MNIST-10k", "--hidden-size", "2", "--k", "4",
+               "--batch-size", "2250", "--num-epochs", "1", "--compile"]
+    nothing_compiled = os.environ | {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env=nothing_compiled)
+    assert done.returncode == 0, done.stderr
+    said, = [line for line in done.stderr.splitlines() if "--compile" in line]
+    assert "ompiler" in said and "goes on without" in said and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "models" / "vqvae" / "args.json").read_text())["compile"] is True
+
+
+def test_amp_leaves_the_quantizer_in_float32():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(64, 8, codebook_update="ema", codebook_init="uniform")
+    quantizer.codebook.data.normal_()
+    codebook, z_e = quantizer.codebook.clone(), torch.randn(4, 8, 5, 5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = quantizer(z_e)
+    distances = (z_e.double().permute(0, 2, 3, 1).unsqueeze(-2) - codebook.double()).square().sum(dim=-1)
+    assert torch.equal(quantized.indices, distances.argmin(dim=-1))
+    assert {quantized.z_q.dtype, quantized.codebook_loss.dtype, quantized.commitment_loss.dtype} == {torch.float32}
+    assert torch.equal(quantized.z_q, codebook[quantized.indices].permute(0, 3, 1, 2))
+    expected = distances.min(dim=-1).values.mean() / 8
+    torch.testing.assert_close(quantized.commitment_loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_amp_steps_are_close_to_the_float32_ones(tmp_path):
+    (expected, _), (losses, run) = ten_steps(tmp_path), ten_steps(tmp_path, "--amp")
+    assert not torch.equal(losses, expected)
+    torch.testing.assert_close(losses[0], expected[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(losses[:, 0], expected[:, 0], rtol=0.05, atol=0)         # reconstruction
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_amp_leaves_the_priors_attention_and_loss_in_float32():
+    torch.manual_seed(0)
+    prior = CodePrior(16, 4, 4, layers=2, embedding=32, heads=2).eval()
+    maps, labels = torch.randint(16, (8, 4, 4)), torch.arange(8)
+    expected = prior.log_prob(maps, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_prob = prior.log_prob(maps, labels)
+    assert log_prob.dtype == torch.float32 and not torch.equal(log_prob, expected)
+    torch.testing.assert_close(log_prob, expected, rtol=2e-3, atol=0)
+
+
+def test_a_run_goes_on_with_the_amp_that_it_had(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--resume", "--output-folder", "run", "--num-epochs", "9", "--amp"]
+    assert "--amp True contradicts the run, which" in refuse("VQ-VAE.py", flags, capsys)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
+def test_kept_memory_is_not_fetched_anew():
+    def faults(*first):
+        program = "\n".join(["import resource, torch", *first, "def step():",
+                             "    return [torch.ones(2**21) for _ in range(4)]",      # 4 × 8 MiB
+                             "for _ in range(3): step()",
+                             "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+                             "for _ in range(20): step()",
+                             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"])
+        return int(subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert faults("import fast", "fast.keep_freed_memory()") < faults() / 10
