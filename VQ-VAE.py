@@ -106,7 +106,7 @@ def settings(args):
 
 def hparams(args):
     """The arguments that a run's figures depend on."""
-    left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every")
+    left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "compile")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
@@ -152,12 +152,14 @@ class Run(resume.Run):
     def __init__(self, args, saved=None):
         with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
             train_set, self.test_set = data.load(args.dataset, args.data_folder)
+        on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
+        if on_gpu and not in_workers:       # the bytes of the whole set are few
+            train_set, self.test_set = train_set.to(args.device), self.test_set.to(args.device)
         be_deterministic(args.device)
         resume.seed_everything(args.seed)
         order = torch.Generator().manual_seed(args.seed)
-        pinned = args.device.startswith("cuda")
-        self.train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, pinned)
-        self.test_batches = data.batches(self.test_set, args.batch_size, None, args.num_workers, pinned)
+        self.train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, on_gpu and in_workers)
+        self.test_batches = data.batches(self.test_set, args.batch_size, None, args.num_workers, on_gpu and in_workers)
         self.shown = data.to_model_range(self.test_set.images[:SHOWN_IMAGES], args.device)
         shape = list(train_set.images.shape[1:])                      # [C, H, W]
         config = {"channels": shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
@@ -174,7 +176,7 @@ class Run(resume.Run):
         super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),
                          Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
                          counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
-        self.compiled = self.fast(self.losses_of)
+        self.compiled = self.compiled_if_asked(self.losses_of)
 
     def losses_of(self, x):
         """Losses of images x (B, C, H, W), and the codes chosen (B·h·w,)."""

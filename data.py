@@ -33,6 +33,10 @@ class Images(Dataset):
     def __getitem__(self, index):
         return self.images[index], self.labels[index]
 
+    def to(self, device):
+        """The same on a device. No worker process can load from there."""
+        return Images(self.images.to(device), self.labels.to(device))
+
     # The DataLoader calls this with the indices of a batch: one tensor look-up, no Python per image.
     __getitems__ = __getitem__
 

@@ -69,7 +69,7 @@ class Run:
         self.progress = progress(order=order.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
                                  sums=torch.zeros(L, dtype=torch.float64, device=args.device), **more)
 
-    def fast(self, function):
+    def compiled_if_asked(self, function):
         """With --compile, function compiled by torch."""
         def say(why):
             tqdm.write(f"--compile: torch could not ({why}); the training goes on without", file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, import_script, run_script
+from helpers import ROOT, refuse, run_script
 
 import checkpoint
 from vector_quantizer import VectorQuantizer
@@ -55,8 +55,11 @@ def test_speed_measures_and_reports(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "speed.json"]
 
 
-def test_unknown_part_is_refused_in_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        import_script("benchmarks/speed.py").main(["speed"])
-    assert stopped.value.code == 2
-    assert "'speed' is unknown: choose from training, quantizer" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["speed"], "'speed' is unknown: choose from training, quantizer"),
+    (["--rounds", "0"], "--rounds"),
+    (["--data-folder", __file__], f"--data-folder {__file__}: is a file"),          # before anything is measured
+    (["limit", "--json", "."], "--json .: . is in the way"),
+])
+def test_bad_input_is_refused_in_one_line(arguments, words, capsys):
+    assert words in refuse("benchmarks/speed.py", arguments, capsys)
