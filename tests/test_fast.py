@@ -15,8 +15,8 @@ from tqdm import tqdm
 from prior import CodePrior
 from vector_quantizer import VectorQuantizer
 
-SMALL = ["--dataset", "MNIST-10k", "--hidden-size", "8", "--k", "32", "--batch-size", "64",
-         "--codebook-update", "ema", "--restart-after", "3"]
+SMALL = ["--dataset", "MNIST-10k", "--hidden-size", "8", "--k", "256", "--batch-size", "16",
+         "--codebook-update", "ema", "--restart-after", "2"]
 needs_a_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 

@@ -97,11 +97,12 @@ def test_each_image_is_learned_once_an_epoch_with_its_label_and_the_shift_of_its
             self.seen.append((indices[:, 0, 0], labels, shifts))
             return self.scale.expand(len(indices))
 
-    script, args = import_script("train_prior.py"), SimpleNamespace(batch_size=6, device="cpu", lr=0.1)
+    script, args = import_script("train_prior.py"), SimpleNamespace(batch_size=6, device="cpu", lr=0.1, amp=False)
     run, prior = script.Run.__new__(script.Run), Recorder()
     optimizer = torch.optim.SGD([prior.scale], lr=args.lr)
     resume.Run.__init__(run, args, {}, prior, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
                         torch.Generator().manual_seed(0), steps=4, images=20)
+    run.compiled = run.loss_of
     # Code map s of image n holds the number 20·s + n everywhere, and n is its label.
     run.train_maps = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
     run.train_set = data.Images(None, torch.arange(20))
