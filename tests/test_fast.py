@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT, import_script, refuse
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -78,14 +79,20 @@ def test_amp_steps_are_close_to_the_float32_ones(tmp_path):
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
 
 
-def test_amp_leaves_the_priors_attention_and_loss_in_float32():
+def test_amp_leaves_the_priors_attention_and_loss_in_float32(monkeypatch):
+    def attention(*given, **flags):
+        seen.extend(tensor.dtype for tensor in given)
+        return usual(*given, **flags)
+
+    usual, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     torch.manual_seed(0)
     prior = CodePrior(16, 4, 4, layers=2, embedding=32, heads=2).eval()
     maps, labels = torch.randint(16, (8, 4, 4)), torch.arange(8)
     expected = prior.log_prob(maps, labels)
     with torch.autocast("cpu", torch.bfloat16):
         log_prob = prior.log_prob(maps, labels)
-    assert log_prob.dtype == torch.float32 and not torch.equal(log_prob, expected)
+    assert set(seen) == {log_prob.dtype} == {torch.float32} and not torch.equal(log_prob, expected)
     torch.testing.assert_close(log_prob, expected, rtol=2e-3, atol=0)
 
 
