@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_amp_that_it_had(trained, tmp_path, monkeypatch, 
 def test_kept_memory_is_not_fetched_anew():
     def faults(*first):
         program = "\n".join(["import resource, torch", *first, "def step():",
-                             "    return [torch.ones(2**21) for _ in range(4)]",      # 4 × 8 MiB
+                             "    return [torch.ones(2**n) for n in (21, 20, 22, 21, 18, 21)]",
                              "for _ in range(3): step()",
                              "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
                              "for _ in range(20): step()",
