@@ -72,9 +72,12 @@ def _shared_offset(latents):
     Distances do not change, but ‖e‖² − 2 z·e cancels badly in float32 when the latents share a
     large offset. The offset is a multiple of a power of two no smaller than the latents' spread:
     zero for latents around the origin, whatever the batch, and subtracting it does not round away
-    an exact tie. Some 256 latents, evenly spread, are enough to find it.
+    an exact tie. Of many latents 256 are enough to find it, a large prime apart: a step that
+    divides by h·w would see the same place in every image.
     """
-    some = latents[::max(1, len(latents) // 256)]
+    some = latents
+    if len(latents) > 256:
+        some = latents[torch.arange(256, device=latents.device) * 7919 % len(latents)]
     deviation, mean = torch.std_mean(some, dim=0, correction=0)
     step = torch.exp2(torch.frexp(8 * deviation.max()).exponent.float())
     return torch.nan_to_num(torch.round(mean / step) * step, nan=0, posinf=0, neginf=0)

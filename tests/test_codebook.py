@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from testers import float64_distances
-from vector_quantizer import CODEBOOK_UPDATES, EMA_DECAY, LAPLACE, VectorQuantizer, kmeans
+from vector_quantizer import CODEBOOK_UPDATES, EMA_DECAY, LAPLACE, VectorQuantizer, kmeans, vq
 
 UPDATES = pytest.mark.parametrize("update", CODEBOOK_UPDATES)
 
@@ -251,3 +251,12 @@ def test_a_saved_codebook_goes_on_as_if_it_had_never_stopped(update, device):
     assert quantizer.restarts == restored.restarts
     for name, value in quantizer.state_dict().items():
         assert torch.equal(value, restored.state_dict()[name]), name
+
+
+def test_offset_is_that_of_all_places_of_the_map():
+    torch.manual_seed(0)
+    z = torch.randn(256, 7, 7, 8)
+    z[:, 0, 0] += 1000                  # one place of every image lies far away
+    codebook = torch.cat([torch.randn(60, 8), torch.randn(4, 8) + 1000])
+    nearest = (z.double().unsqueeze(-2) - codebook.double()).square().sum(dim=-1).argmin(dim=-1)
+    assert (vq(z, codebook)[:, 1:] == nearest[:, 1:]).double().mean() > 0.9999
