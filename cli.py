@@ -111,7 +111,7 @@ def add_speed_arguments(group):
                        help="take products and convolutions in bfloat16: faster where the processor or the GPU "
                             "multiplies such numbers itself (default: float32)")
     group.add_argument("--compile", action="store_true",
-                       help="compile the step with torch.compile: takes half a minute, then each step is faster "
+                       help="compile the step with torch.compile: takes up to half a minute at the start "
                             "(default: run it as it is written)")
 
 

@@ -1,7 +1,7 @@
 """How fast is it, against the usual way and against the machine's limit: python3 benchmarks/speed.py [PART ...]
 
 Parts: training, quantizer, quality, sampling, limit. What is compared in a part is measured in turn, in one run, each
-in a process of its own.
+in a process of its own; but for quality, which is one training after the other.
 """
 
 import ctypes
@@ -62,6 +62,9 @@ def get_parser():
 
 # ---------------------------------------------------------------- measuring
 
+STARTED = []            # every Contender: one that is left waiting would keep the script from ending
+
+
 class Contender:
     """A process that makes something to measure, and measures it whenever it is called."""
 
@@ -71,12 +74,13 @@ class Contender:
         self.process = context.Process(target=_serve, args=(theirs, make, arguments))
         self.process.start()
         theirs.close()
+        STARTED.append(self)
 
     def __call__(self, *arguments):
-        self.pipe.send(arguments)
         try:
+            self.pipe.send(arguments)
             result = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise ValueError("a process that measured has ended by itself: memory may have run out") from None
         if isinstance(result, Exception):
             raise result
@@ -363,7 +367,11 @@ def main(argv=None):
         report = {"about": about()}
         print(*(f"{name} {value}" for name, value in report["about"].items()), sep=", ")
         for part in parts:
-            report[part] = PARTS[part](args)
+            try:
+                report[part] = PARTS[part](args)
+            finally:
+                for contender in STARTED:
+                    contender.close()
             print(f"\n{part}\n{table(report[part])}", flush=True)
         if args.json:
             files.write_whole(args.json, (json.dumps(report, indent=2) + "\n").encode())
