@@ -187,13 +187,15 @@ class Run(resume.Run):
     def take_steps(self, writer, bar):
         """The steps of the epoch that are not done yet. Yields after each of them, so that the run can be saved."""
         self.model.train()
-        args, progress = self.args, self.progress
+        args, progress, quantizer = self.args, self.progress, self.model.quantizer
+        # Asked here, so that a run that goes on compiles the same steps as one that was not broken off.
+        quantizer.known_initialised = quantizer.initialised.item()
         for number, (images, _) in enumerate(self.train_batches):
             if number < progress.batches:       # done before the run was broken off
                 continue
             x = data.to_model_range(images, args.device)              # (B, C, H, W)
             # K-means asks the codebook whether it has been, and a batch that is not full would be compiled again.
-            whole = len(x) == args.batch_size and self.model.quantizer.known_initialised
+            whole = len(x) == args.batch_size and quantizer.known_initialised
             losses, chosen = (self.compiled if whole else self.losses_of)(x)
             self.optimizer.zero_grad()
             losses.total.backward()

@@ -26,8 +26,8 @@ class Block(nn.Module):
         """cache, a list of the earlier positions' keys and values, is made longer by x's own."""
         B, T, E = x.shape
         heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
-        if x.device.type == "cpu":      # torch's attention in bfloat16 is eight times slower there, backward
-            heads = heads.float()
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            heads = heads.float()       # torch's attention in bfloat16 is eight times slower there, backward
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)          # each (B, heads, T, E/heads)
         if cache is not None:
             if cache:

@@ -92,13 +92,14 @@ class Contender:
 
 
 def _serve(pipe, make, arguments):
-    measure = make(*arguments)
+    measure = None
     while True:
         try:
             given = pipe.recv()
         except EOFError:
             return
         try:
+            measure = measure or make(*arguments)
             pipe.send(measure(*given))
         except Exception as error:
             pipe.send(error)
@@ -143,12 +144,12 @@ def our_run(flags):
     spec = importlib.util.spec_from_file_location("vqvae_script", ROOT / "VQ-VAE.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script.Run(script.get_parser().parse_args(flags.split())), SummaryWriter(tempfile.mkdtemp())
+    return script.Run(script.get_parser().parse_args(flags)), SummaryWriter(tempfile.mkdtemp())
 
 
 def our_training(flags):
     """→ a function that trains for an epoch of the bundled digits and returns its images/s."""
-    run, writer = our_run(f"--dataset MNIST-10k {flags}")
+    run, writer = our_run(["--dataset", "MNIST-10k", *flags.split()])
 
     def epoch():
         start = time.perf_counter()
@@ -246,7 +247,7 @@ def time_to_quality(args):
     """Seconds of training until the test MSE is AIM or lower; the tests themselves are not counted."""
     measured, most = [], None
     for name in ("recommended", "published"):
-        run, writer = our_run(f"--data-folder {args.data_folder} {RECIPES[name]}")
+        run, writer = our_run(["--data-folder", args.data_folder, *RECIPES[name].split()])
         seconds, mse, check, start = 0.0, float("inf"), 10, time.perf_counter()
         with tqdm(desc=name, total=run.steps * run.args.num_epochs, unit="step", leave=False, disable=None) as bar:
             while mse > AIM and not run.finished() and (most is None or seconds < most):
@@ -306,7 +307,7 @@ def limits(flags):
     fast.keep_freed_memory()
     epoch = our_training(flags)
     epoch()         # K-means is over
-    run, _ = our_run("--dataset MNIST-10k")
+    run, _ = our_run(["--dataset", "MNIST-10k"])
     x = torch.randn(run.args.batch_size, 1, 28, 28)
     run.losses_of(x)
     with FlopCounterMode(display=False) as counter:

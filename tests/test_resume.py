@@ -21,7 +21,8 @@ VQVAE = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epo
          "32", "--lr", "4e-3", "--lr-schedule", "cosine", "--codebook-update", "ema", "--restart-after", "5",
          "--save-every", "7")
 PRIOR = ("train_prior.py", "--model", "models/run/best.pt", "--batch-size", "20", "--num-epochs", "3", "--layers", "2",
-         "--width", "16", "--heads", "2", "--dropout", "0.1", "--shift", "1", "--save-every", "7")
+         "--width", "16", "--heads", "2", "--dropout", "0.1", "--shift", "1", "--save-every", "7",
+         "--amp")
 GO_ON = {VQVAE: ("VQ-VAE.py", "--resume", "--output-folder", "run"),
          PRIOR: ("train_prior.py", "--resume", "--model", "models/run/best.pt")}
 LAST = {VQVAE: Path("models/run/last.pt"), PRIOR: Path("models/run/prior-last.pt")}
