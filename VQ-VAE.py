@@ -42,9 +42,14 @@ def get_parser():
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", type=cli.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
-                       help=f"{' or '.join(data.DATASETS)}, the 10,000 digits in MNIST/ that need no download {shown}")
+                       help=f"{', '.join(data.DATASETS)}; MNIST-10k are the 10,000 digits in MNIST/ that need no "
+                            f"download, folder is any folder of images {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
-                       help=f"where MNIST is, or is downloaded to once {shown}")
+                       help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
+    group.add_argument("--image-size", type=cli.multiple_of_4(checkpoint.LARGEST_SIDE), default=64, metavar="S",
+                       help=f"with --dataset folder: images become S×S pixels, S is a multiple of 4 {shown}")
+    group.add_argument("--channels", type=int, choices=(1, 3), default=3,
+                       help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
     group.add_argument("--num-workers", type=cli.whole_number(0, 256), default=0, metavar="N",
                        help=f"processes that load batches; 0 is fastest for data held in memory {shown}")
 
@@ -150,23 +155,22 @@ class Run(resume.Run):
     losses = Losses._fields
 
     def __init__(self, args, saved=None):
-        with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
-            train_set, self.test_set = data.load(args.dataset, args.data_folder)
+        train_set, self.test_set = cli.load_data(
+            args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
         on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
-        if on_gpu and not in_workers:       # the bytes of the whole set are few
+        if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
             train_set, self.test_set = train_set.to(args.device), self.test_set.to(args.device)
         be_deterministic(args.device)
         resume.seed_everything(args.seed)
         order = torch.Generator().manual_seed(args.seed)
         self.train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, on_gpu and in_workers)
         self.test_batches = data.batches(self.test_set, args.batch_size, None, args.num_workers, on_gpu and in_workers)
-        self.shown = data.to_model_range(self.test_set.images[:SHOWN_IMAGES], args.device)
-        shape = list(train_set.images.shape[1:])                      # [C, H, W]
-        config = {"channels": shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
+        self.shown = data.to_model_range(self.test_set[:SHOWN_IMAGES][0], args.device)
+        config = {"channels": train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
                   "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
                   "restart_after": args.restart_after}
         about = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
-                 "dataset": {"name": args.dataset, "shape": shape}}
+                 "dataset": data.describe(args.dataset, args.data_folder, train_set)}
         if saved:
             resume.check_about(about, saved)
         model = build_model(config, args.device)
@@ -269,7 +273,8 @@ def train(args, parser, argv):
                 prepare_folders(models, logs)
             files.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
             tracking.write_track(models / tracking.TRACK, run.progress.track)
-        print(f"Training on {args.dataset}: {run.images:,} images, {len(run.test_set):,} to test, on {args.device}"
+        print(f"Training on {run.about['dataset'].get('folder', args.dataset)}: {run.images:,} images, "
+              f"{len(run.test_set):,} to test, on {args.device}"
               + (f", from step {run.progress.step:,} on." if args.resume else "."))
         print(*run.progress.track, sep="\n", flush=True)
         start = time.perf_counter()
@@ -282,13 +287,15 @@ def train(args, parser, argv):
     print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {run.progress.best:.4f}, "
           f"in epoch {run.progress.best_epoch}.\n"
           f"  checkpoint  {models / 'best.pt'}\n  track       {models / tracking.TRACK}\n  logs        {logs}\n"
-          f"Next: python3 generate.py --model {models / 'best.pt'} --input MNIST\n"
+          f"Next: python3 generate.py --model {models / 'best.pt'} --input test\n"
           f"      tensorboard --logdir logs")
 
 
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
+    if args.dataset != data.FOLDER and not args.resume:
+        parser.check_unused(args, ("image_size", "channels"), "is used with --dataset folder alone, add it")
     with parser.bad_input_in_one_line():
         train(args, parser, argv)
 

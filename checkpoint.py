@@ -5,7 +5,8 @@ A checkpoint of a VQ-VAE rebuilds its own model:
     format    1
     kind      "vqvae"
     config    the arguments of VectorQuantizedVAE
-    dataset   {"name": "MNIST", "shape": [C, H, W]}
+    dataset   {"name": "MNIST", "shape": [C, H, W]}; "classes", names, where they are not the ten digits;
+              "folder", where the images of an image folder are
     model     the state_dict
     epoch, step, test   where the training stood, and the test metrics there
     training  in last.pt alone: settings, progress, optimizer and random states (resume.py)
@@ -61,8 +62,10 @@ def load(path, device="cpu"):
         contents = _from_state_dict(contents)
     _check_kind(contents, "vqvae", "a VQ-VAE")
     match contents.get("dataset"):
-        case {"name": str(), "shape": [int(), int(), int()]}:
-            return contents
+        case {"name": str(), "shape": [int(), int(), int()], **more}:
+            names = more.get("classes", [])
+            if isinstance(names, list) and all(isinstance(text, str) for text in (*names, more.get("folder", ""))):
+                return contents
     raise ValueError("the checkpoint does not say which data set its model was trained on")
 
 

@@ -160,9 +160,12 @@ def add_model_arguments(parser):
     parser.add_argument("--device", type=device, default="cpu", metavar="NAME",
                         help=f"cpu, cuda or cuda:N {shown}")
     parser.add_argument("--dataset", type=one_of(*data.DATASETS), metavar="NAME",
-                        help=f"{' or '.join(data.DATASETS)} (default: the one that the model was trained on)")
-    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
-                        help=f"where MNIST is, or is downloaded to once {shown}")
+                        help=f"{', '.join(data.DATASETS)} (default: the one that the model was trained on)")
+    parser.add_argument("--data-folder", metavar="PATH",
+                        help="where the data set is, or is downloaded to once "
+                             "(default: that of the model's own image folder, MNIST for the others)")
+    parser.add_argument("--num-workers", type=whole_number(0, 256), default=0, metavar="N",
+                        help=f"processes that read an image folder {shown}")
     parser.add_argument("--hidden-size", type=whole_number(1), metavar="D",
                         help="size of a latent vector (default: read from the model's file)")
     parser.add_argument("--k", type=whole_number(1), metavar="K",
@@ -181,10 +184,21 @@ def open_model(args):
 
 
 def open_data(args, contents):
-    """The data that the arguments name, else those of the checkpoint. → name, training and test Images."""
-    name = args.dataset or contents["dataset"]["name"]
-    with named(f"--dataset {name} --data-folder", args.data_folder):
-        return name, *data.load(name, args.data_folder)
+    """The data that the arguments name, else those of the checkpoint. → name, training and test set."""
+    own = contents["dataset"]
+    name = args.dataset or own["name"]
+    folder = args.data_folder or (own.get("folder", "MNIST") if name == own["name"] else "MNIST")
+    return name, *load_data(name, folder, own["shape"], args.num_workers)
+
+
+def load_data(name, folder, shape, num_workers):
+    """data.load(), which says whose fault it is, and which files of an image folder it leaves out."""
+    with named(f"--dataset {name} --data-folder", folder):
+        train_set, test_set = data.load(name, folder, shape, num_workers)
+    if left_out := train_set.left_out:
+        print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
+              f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
+    return train_set, test_set
 
 
 def add_sampling_arguments(parser, without):
@@ -267,6 +281,16 @@ def number(above=None, minimum=None, below=math.inf):
             bound = f"above {above}" if above is not None else f"from {minimum} on"
             bound += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+    return convert
+
+
+def multiple_of_4(maximum):
+    """A type for the sides of images."""
+    def convert(text):
+        value = whole_number(4, maximum)(text)
+        if value % 4:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 4")
         return value
     return convert
 

@@ -1,41 +1,52 @@
-"""Data sets, held in memory as uint8 tensors and scaled on the device, a batch at a time."""
+"""Data sets: uint8 images, in memory where they fit, scaled on the device, a batch at a time.
 
-import http.client
-import os
+Letters: N images, B of them in a batch, C channels, H×W pixels.
+"""
+
 import signal
-import socket
 import zipfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
+
+import downloads
+import image_folder
 
 BUNDLED = Path(__file__).resolve().parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
-DOWNLOAD_TIMEOUT = 30           # seconds without an answer
+FOLDER = "folder"               # the data set that is any folder of images
+DATASETS = "MNIST-10k", *downloads.SOURCES, FOLDER
+# Of digits as MNIST's, which a classifier of digits can learn from.
+DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
 
 
 class Images(Dataset):
-    """uint8 images (N, C, H, W) and their int64 labels (N,), in memory."""
+    """uint8 images (N, C, H, W) and their int64 labels (N,), in memory. classes: the labels' names."""
 
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
+    left_out = ()               # paths of files that are no images, where it was made from a folder
+
+    def __init__(self, images, labels, classes=downloads.DIGITS):
+        self.images, self.labels, self.classes = images, labels, list(classes)
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index):
-        return self.images[index], self.labels[index]
+    def __getitem__(self, rows):
+        """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of their numbers."""
+        return self.images[rows], self.labels[rows]
+
+    @property
+    def shape(self):
+        """[C, H, W]"""
+        return list(self.images.shape[1:])
 
     def to(self, device):
         """The same on a device. No worker process can load from there."""
-        return Images(self.images.to(device), self.labels.to(device))
+        return Images(self.images.to(device), self.labels.to(device), self.classes)
 
     # The DataLoader calls this with the indices of a batch: one tensor look-up, no Python per image.
     __getitems__ = __getitem__
@@ -69,18 +80,40 @@ def to_unit_range(images):
     return ((images + 1) / 2).clamp(0, 1)
 
 
-def load(name, folder):
-    """The data set `name`, one of DATASETS, as (training Images, test Images).
+def load(name, folder, shape=None, num_workers=0):
+    """The data set `name`, one of DATASETS, as (training set, test set), each Images or ImageFiles.
 
-    folder is where downloaded sets are kept; it is made if it is not there. Raises ValueError
-    if the name is unknown or a file is damaged or foreign, OSError if files cannot be had.
+    folder is where downloaded sets are kept, made if it is not there; or the one with images,
+    which are brought to the shape [C, H, W] by num_workers processes. Raises ValueError if the name
+    is unknown or a file is damaged or foreign, OSError if files cannot be had.
     """
+    if name == "MNIST-10k":
+        return _load_bundled()
+    if name == FOLDER:
+        parts, classes, left_out = image_folder.load(
+            folder, shape, num_workers, generator=torch.Generator(), worker_init_fn=_leave_signals_to_the_script)
+        sets = [part if isinstance(part, image_folder.ImageFiles) else Images(*part, classes) for part in parts]
+        sets[0].left_out = left_out
+        return tuple(sets)
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
-    return DATASETS[name](Path(folder))
+    return tuple(Images(*part, downloads.SOURCES[name].classes) for part in downloads.load(name, Path(folder)))
 
 
-def _load_bundled(_folder):
+def describe(name, folder, dataset):
+    """What a checkpoint says of the data set, as plain values: what is not said is that of MNIST."""
+    said = {"name": name, "shape": dataset.shape}
+    if dataset.classes != list(downloads.DIGITS):
+        said["classes"] = dataset.classes
+    return {**said, "folder": folder} if name == FOLDER else said
+
+
+def are_digits(described):
+    """Whether a data set, as describe() tells of it, holds images of the ten digits, as MNIST does."""
+    return described["shape"] == [1, 28, 28] and "classes" not in described
+
+
+def _load_bundled():
     try:
         with np.load(BUNDLED) as arrays:
             images, labels = arrays["images"], arrays["labels"]
@@ -94,64 +127,3 @@ def _load_bundled(_folder):
     images, labels = torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
     return (Images(images[:BUNDLED_TRAIN], labels[:BUNDLED_TRAIN]),
             Images(images[BUNDLED_TRAIN:], labels[BUNDLED_TRAIN:]))
-
-
-def _load_mnist(folder):
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError("is a file: give the path of a folder, there or not yet there")
-    raw = folder / "MNIST" / "raw"
-    names = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    if not all((raw / name).is_file() for name in names):
-        _download(datasets.MNIST, folder, raw, names)
-    return tuple(_read_idx(raw / names[i], raw / names[i + 1]) for i in (0, 2))
-
-
-def _read_idx(image_path, label_path):
-    contents = []
-    for path, read in ((image_path, read_image_file), (label_path, read_label_file)):
-        try:
-            contents.append(read(str(path)))
-        # What torchvision's reader meets in a damaged file: asserts, look-ups, a reshape.
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is truncated or is no IDX file of MNIST: delete it, "
-                             "and the next run downloads it again") from error
-    images, labels = contents
-    if len(images) != len(labels) or len(images) == 0 or images.shape[1:] != (28, 28) or labels.max() > 9:
-        raise ValueError(f"{image_path} {tuple(images.shape)} and {label_path.name} {tuple(labels.shape)} "
-                         "are not images and labels of MNIST: delete both, and the next run downloads them again")
-    return Images(images.unsqueeze(1), labels)
-
-
-def _download(dataset, folder, raw, names):
-    """Let torchvision download a data set. Folders made for a download that fails are removed."""
-    missing = [path for path in (raw, *raw.parents) if not path.exists()]
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        if not os.access(raw, os.W_OK):
-            raise PermissionError(None, "no permission to write", str(raw))
-        with _socket_timeout(DOWNLOAD_TIMEOUT):
-            dataset(folder, download=True)
-    except BaseException as error:
-        for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        # torchvision raises RuntimeError with what each mirror said; the network raises the others.
-        if isinstance(error, (RuntimeError, http.client.HTTPException, TimeoutError, ConnectionError)):
-            raise OSError(f"{dataset.__name__} could not be downloaded from {' or '.join(dataset.mirrors)} "
-                          f"({' '.join(str(error).split())}). "
-                          f"Put {', '.join(names)} (as they are or as .gz) into {raw} by hand, "
-                          "or use --dataset MNIST-10k, which needs no download") from error
-        raise
-
-
-@contextmanager
-def _socket_timeout(seconds):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-DATASETS = {"MNIST": _load_mnist, "MNIST-10k": _load_bundled}

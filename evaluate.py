@@ -17,9 +17,8 @@ import cli
 import data
 import quality
 from files import write_whole
-from metrics import code_maps, evaluate, nats_per_code, perplexity
+from metrics import at_once, code_maps, evaluate, nats_per_code, perplexity
 
-BATCH_SIZE = 250
 SAMPLES = 10_000                # as many of each class
 
 
@@ -37,19 +36,19 @@ def get_parser():
     return parser
 
 
-def figures(model, test_set, device):
-    """What the model is worth on Images, as a plain dictionary.
+def figures(model, test_set, args):
+    """What the model is worth on a data set, as a plain dictionary.
 
     mse is on the [-1, 1] scale; psnr (dB) belongs to it, with a range of 2 from black to white.
     bits_per_pixel: the h·w codes of log2 K bits each, over the C·H·W bytes of the image.
     Raises ValueError if a loss is no finite number.
     """
-    losses, counts = evaluate(model, data.batches(test_set, BATCH_SIZE), device)
+    C, H, W = test_set.shape
+    losses, counts = evaluate(model, data.batches(test_set, at_once(H, W), None, args.num_workers), args.device)
     if not math.isfinite(losses.total):
         raise ValueError(f"the model's losses are no finite numbers: {losses.reconstruction} in the "
                          f"reconstructions, {losses.codebook} in the codes")
-    K, (C, H, W) = model.quantizer.num_codes, test_set.images.shape[1:]
-    h, w = H // 4, W // 4
+    K, h, w = model.quantizer.num_codes, H // 4, W // 4
     return {
         "images": len(test_set),
         "mse": losses.reconstruction,
@@ -76,55 +75,68 @@ def table(measured):
 
 # ---------------------------------------------------------------- the prior
 
-def open_classifier(args, shape):
-    """The classifier that the arguments name, else the shipped one. Raises ValueError if it cannot judge the images."""
+def open_classifier(args, are_digits):
+    """The classifier that the arguments name, else the shipped one; None if the images are not for it to judge."""
     path = args.classifier or checkpoint.CLASSIFIER
     with cli.named("--classifier", path):
-        if shape[0] != 1:
-            raise ValueError(f"it judges images of one channel, the model's have {shape[0]}")
-        return checkpoint.load_classifier(path, args.device)[0]
+        if are_digits:
+            return checkpoint.load_classifier(path, args.device)[0]
+        if args.classifier:
+            raise ValueError("it judges digits of 28×28 pixels, as MNIST's, and these images are others: leave it out")
 
 
 def prior_figures(model, prior, classifier, train_set, test_set, args):
-    """What the prior and digits drawn from it are worth, as a plain dictionary.
+    """What the prior and images drawn from it are worth, as a plain dictionary.
 
-    nats_per_code and bits_per_pixel are of the test set's code maps with their labels. recognised
-    is the share of images in which the classifier sees the digit asked for, frechet the distance
-    to the test set in its feature space: of the samples, and as yardsticks of the test set itself
-    (recognised there is the classifier's accuracy), its reconstructions and decoded noise.
-    memorised is the share of samples whose code map stands in the training set.
+    nats_per_code and bits_per_pixel are of the test set's code maps with their labels; memorised is
+    the share of samples whose code map stands in the training set. With a classifier: recognised
+    is the share of images in which it sees the digit asked for, frechet the distance to the test
+    set in its feature space: of the samples, and as yardsticks of the test set itself (recognised
+    there is the classifier's accuracy), its reconstructions and decoded noise.
     """
     device, generator = args.device, torch.Generator().manual_seed(args.seed)
-    labels = torch.arange(prior.num_classes).repeat_interleave(SAMPLES // prior.num_classes)
-    with tqdm(total=len(train_set) + 3 * len(test_set) + 3 * len(labels), desc="drawing and judging", unit="img",
+    labels, some = quality.spread_labels(prior.num_classes, SAMPLES), at_once(4 * prior.height, 4 * prior.width)
+    with tqdm(total=len(train_set) + len(test_set) + len(labels), desc="drawing and encoding", unit="img",
               unit_scale=True, leave=False, disable=None) as bar:
-        maps = {"samples": quality.sampled_maps(prior, labels, cli.sampling(args), generator, device, bar),
-                "reconstructions": code_maps(model, test_set.images, device, bar),
-                "random": quality.noise_maps(model, len(labels), prior.height, prior.width, generator, device)}
-        training_maps = code_maps(model, train_set.images, device, bar)
-        seen = {"test_set": quality.look_at(classifier, quality.real(test_set.images, device), bar)}
-        for name, some in maps.items():
-            seen[name] = quality.look_at(classifier, quality.decoded(model, some, device), bar)
-    nats = nats_per_code(prior, maps["reconstructions"], test_set.labels, device)
-    asked = {"test_set": test_set.labels, "reconstructions": test_set.labels, "samples": labels, "random": labels}
-    measured = {"nats_per_code": nats,
-                "bits_per_pixel": nats / math.log(2) * prior.height * prior.width / test_set.images[0].numel(),
-                "memorised": quality.memorised(maps["samples"], training_maps)}
-    for name, found in seen.items():
-        measured[name] = {"recognised": (found.digits == asked[name]).double().mean().item(),
-                          "frechet": quality.frechet_distance(found.features, seen["test_set"].features)}
+        samples = quality.sampled_maps(prior, labels, cli.sampling(args), generator, device, bar)
+        tested, trained = (code_maps(model, data.batches(part, some, None, args.num_workers), device, bar)
+                           for part in (test_set, train_set))
+    nats = nats_per_code(prior, tested, test_set.labels, device)
+    measured = {"nats_per_code": nats, "samples_drawn": len(labels),
+                "bits_per_pixel": nats / math.log(2) * prior.height * prior.width / math.prod(test_set.shape),
+                "memorised": quality.memorised(samples, trained)}
+    if classifier:
+        noise = quality.noise_maps(model, len(labels), prior.height, prior.width, generator, device)
+        maps = {"samples": (samples, labels), "reconstructions": (tested, test_set.labels), "random": (noise, labels)}
+        measured |= judged(model, classifier, test_set, maps, device)
     return measured
+
+
+def judged(model, classifier, test_set, maps, device):
+    """What the classifier says of the test set, and of maps by name: code maps (N, h, w), the digits asked for (N,)."""
+    with tqdm(total=len(test_set) + sum(len(asked) for _, asked in maps.values()), desc="judging", unit="img",
+              unit_scale=True, leave=False, disable=None) as bar:
+        seen = {"test_set": (quality.look_at(classifier, quality.real(test_set.images, device), bar), test_set.labels)}
+        for name, (some, asked) in maps.items():
+            seen[name] = quality.look_at(classifier, quality.decoded(model, some, device), bar), asked
+    real, _ = seen["test_set"]
+    return {name: {"recognised": (found.digits == asked).double().mean().item(),
+                   "frechet": quality.frechet_distance(found.features, real.features)}
+            for name, (found, asked) in seen.items()}
 
 
 def prior_table(measured):
     """The prior's figures as lines for a reader."""
-    rows = [("nats per code", f"{measured['nats_per_code']:.4f}", "on the test set, the digit given"),
+    rows = [("nats per code", f"{measured['nats_per_code']:.4f}", "on the test set, the class given"),
             ("bits per pixel", f"{measured['bits_per_pixel']:.4f}", "of the same"),
             ("memorised", f"{measured['memorised']:.2%}", "of the samples have a code map of the training set")]
     lines = [f"{name:<16}{value:>10}  {unit}" for name, value, unit in rows]
+    if "samples" not in measured:
+        return "\n".join([*lines, "No digits of 28×28 pixels: the classifier has not judged the samples."])
     lines.append(f"\n{'':<26}{'recognised':>12}{'Fréchet distance':>20}")
-    for name, title in (("samples", f"{SAMPLES:,} samples"), ("reconstructions", "reconstructed test set"),
-                        ("random", "decoded noise"), ("test_set", "test set")):
+    for name, title in (("samples", f"{measured['samples_drawn']:,} samples"),
+                        ("reconstructions", "reconstructed test set"), ("random", "decoded noise"),
+                        ("test_set", "test set")):
         lines.append(f"{title:<26}{measured[name]['recognised']:>12.2%}{measured[name]['frechet']:>20.2f}")
     return "\n".join(lines)
 
@@ -160,10 +172,14 @@ def measure(args):
     model, contents, path = cli.open_model(args)
     if args.prior:
         prior, prior_path = cli.open_prior(args, path)
-        classifier = open_classifier(args, contents["dataset"]["shape"])
     dataset, train_set, test_set = cli.open_data(args, contents)
+    if args.prior:
+        classifier = open_classifier(args, data.are_digits(data.describe(dataset, "", test_set)))
+        if prior.num_classes != len(test_set.classes):
+            raise ValueError(f"--dataset {dataset}: it has {len(test_set.classes)} classes, and the prior in "
+                             f"{prior_path} knows {prior.num_classes}")
     with cli.named(f"--model {path} --dataset", dataset):
-        measured = figures(model, test_set, args.device)
+        measured = figures(model, test_set, args)
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}", flush=True)
     if args.prior:
         measured["prior"] = prior_figures(model, prior, classifier, train_set, test_set, args)

@@ -1,10 +1,13 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
-`--input prior` draws new digits from the learned prior, row i the digit i; `--input MNIST` reconstructs 100 test
-images; `--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
+`--input test` reconstructs 100 test images of the model's data set, and the path of an image or a folder your own;
+`--input prior` draws new images from the learned prior, as many of each class, of digits row i the digit i;
+`--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
 """
 
+import argparse
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -12,10 +15,13 @@ from torchvision.utils import save_image
 
 import cli
 import data
+import downloads
+import image_folder
 import quality
 from files import write_whole
 
 ROWS = 10
+INPUTS = "test", "MNIST", "random", "prior"          # MNIST is the published name of the first
 FOLDER = "generatedImages"
 
 
@@ -23,49 +29,96 @@ def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
     cli.add_model_arguments(parser)
-    parser.add_argument("--input", type=cli.one_of("MNIST", "random", "prior"), default="MNIST", metavar="WHAT",
-                        help=f"MNIST for test images, random for noise, or prior for new digits {shown}")
+    parser.add_argument("--input", type=what_to_draw, default="test", metavar="WHAT",
+                        help="test for test images (MNIST says the same), random for noise, prior for new images, "
+                             f"or the path of an image or of a folder of images {shown}")
     parser.add_argument("--filename", type=cli.name_inside(FOLDER), metavar="NAME",
-                        help=f"writes {FOLDER}/NAME.png (default: the input's name)")
+                        help=f"writes {FOLDER}/NAME.png (default: the input's or the data set's name)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
-    group.add_argument("--label", type=cli.whole_number(0), metavar="DIGIT",
-                       help="draw this digit alone (default: row i holds digit i)")
+    group.add_argument("--label", metavar="CLASS",
+                       help="draw this class alone, by its number or its name (default: as many of each)")
     return parser
 
 
-def reconstruct(model, dataset, generator, device):
-    """100 test images drawn by generator, encoded and decoded: (100, C, H, W) in [-1, 1]."""
-    chosen = torch.randperm(len(dataset), generator=generator)[:ROWS**2]
-    return model(data.to_model_range(dataset.images[chosen], device)).reconstruction
+def what_to_draw(text):
+    """A type for --input: one of INPUTS, or else a path."""
+    try:
+        return cli.one_of(*INPUTS)(text)
+    except argparse.ArgumentTypeError:
+        return Path(cli.file_name(text))
 
 
-def draw_digits(model, path, generator, args):
-    """100 new images from the prior: row i the digit i, or all of them args.label. (100, C, H, W) in [-1, 1]."""
+def test_images(args, contents, path, generator):
+    """100 images of the test set, chosen by generator: uint8 (100, C, H, W), and the data set's name."""
+    dataset, _, test_set = cli.open_data(args, contents)
+    if test_set.shape != contents["dataset"]["shape"]:
+        raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
+                         f"those of the data set {test_set.shape}")
+    return test_set[torch.randperm(len(test_set), generator=generator)[:ROWS**2]][0], dataset
+
+
+def own_images(path, shape, generator):
+    """The image at a path, or up to 100 of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
+    C, H, W = shape
+    with cli.named("--input", path):
+        if not path.exists():
+            raise ValueError(f"is none of {', '.join(INPUTS)}, and there is no such file or folder")
+        if not path.is_dir():
+            return image_folder.read(path, H, W, C).unsqueeze(0)
+        paths, images = image_folder.files_in(path), []
+        for row in torch.randperm(len(paths), generator=generator).tolist():
+            try:
+                images.append(image_folder.read(paths[row], H, W, C))
+            except ValueError as error:         # a folder may hold other things too
+                print(f"left out: {error}", file=sys.stderr)
+            if len(images) == ROWS**2:
+                break
+        if not images:
+            raise ValueError("there is no image in it that Pillow can read")
+        return torch.stack(images)
+
+
+def draw(model, contents, path, generator, args):
+    """100 new images from the prior: as many of each class, or all of them args.label. (100, C, H, W) in [-1, 1]."""
     prior, _ = cli.open_prior(args, path)
-    if args.label is not None and args.label >= prior.num_classes:
-        raise ValueError(f"--label {args.label}: the prior knows the digits 0 to {prior.num_classes - 1}")
-    labels = torch.arange(ROWS).repeat_interleave(ROWS) if args.label is None else torch.full((ROWS**2,), args.label)
+    classes = contents["dataset"].get("classes", list(downloads.DIGITS))
+    labels = quality.spread_labels(prior.num_classes, ROWS**2)
+    if args.label is not None:
+        labels = torch.full((ROWS**2,), class_number(args.label, classes[:prior.num_classes]))
     return model.decode(prior.sample(labels.to(args.device), **cli.sampling(args), generator=generator))
+
+
+def class_number(text, classes):
+    """The class that a name or a number stands for. Raises ValueError if there is none."""
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    known = ", ".join(classes[:100])
+    raise ValueError(f"--label {text}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
 
 
 @torch.no_grad()
 def generate(args):
     model, contents, path = cli.open_model(args)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
+    shape, name = contents["dataset"]["shape"], args.input
     if args.input == "prior":
-        images = draw_digits(model, path, generator, args)
+        images = draw(model, contents, path, generator, args)
     elif args.input == "random":
-        _, H, W = contents["dataset"]["shape"]
+        _, H, W = shape
         images = model.decode(quality.noise_maps(model, ROWS**2, H // 4, W // 4, generator, args.device))
     else:
-        dataset, _, test_set = cli.open_data(args, contents)
-        with cli.named(f"--model {path} --dataset", dataset):
-            images = reconstruct(model, test_set, generator, args.device)
+        if isinstance(args.input, Path):
+            images, name = own_images(args.input, shape, generator), args.input.resolve().stem
+        else:
+            images, name = test_images(args, contents, path, generator)
+        images = model(data.to_model_range(images, args.device)).reconstruction
 
-    name = args.filename or args.input
+    name = args.filename or name
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,12 @@ import torch
 from data import to_model_range
 from modules import Losses, vqvae_losses
 
-AT_ONCE = 500                   # images or code maps
+AT_ONCE = 500                   # images or code maps of MNIST's size
+
+
+def at_once(height, width):
+    """How many images of that size, or maps of their codes, are taken at once: as much memory as for MNIST."""
+    return max(1, AT_ONCE * 28**2 // max(28**2, height * width))
 
 
 def perplexity(counts):
@@ -37,16 +42,16 @@ def evaluate(model, batches, device, beta=1.0):
 
 
 @torch.no_grad()
-def code_maps(model, images, device, bar=None):
-    """The code maps (N, h, w), on the CPU, of uint8 images (N, C, H, W).
+def code_maps(model, batches, device, bar=None):
+    """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels).
 
     bar, such as a tqdm, is told by update(n) of every n images.
     """
     maps = []
-    for some in images.split(AT_ONCE):
-        maps.append(model.encode(to_model_range(some, device)).cpu())
+    for images, _ in batches:
+        maps.append(model.encode(to_model_range(images, device)).cpu())
         if bar is not None:
-            bar.update(len(some))
+            bar.update(len(images))
     return torch.cat(maps)
 
 
@@ -55,7 +60,8 @@ def nats_per_code(prior, maps, labels, device):
     """−log p(map | label) of code maps (N, h, w), the mean over all their codes, in evaluation mode."""
     was_training = prior.training
     prior.eval()
-    total = sum(prior.log_prob(some.to(device), their.to(device)).double().sum().item()
-                for some, their in zip(maps.split(AT_ONCE), labels.split(AT_ONCE)))
+    some = at_once(4 * prior.height, 4 * prior.width)
+    total = sum(prior.log_prob(some_maps.to(device), their.to(device)).double().sum().item()
+                for some_maps, their in zip(maps.split(some), labels.split(some)))
     prior.train(was_training)
     return -total / maps.numel()

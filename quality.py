@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from data import to_model_range
-from metrics import AT_ONCE
+from metrics import AT_ONCE, at_once
 
 
 class Seen(NamedTuple):
@@ -29,6 +29,11 @@ def look_at(classifier, batches, bar):
     return Seen(torch.cat(digits).cpu(), torch.cat(features).cpu())
 
 
+def spread_labels(num_classes, count):
+    """count labels in order, as many of each class as of the others: of ten classes and a hundred, ten times ten."""
+    return torch.arange(count) * num_classes // count
+
+
 def real(images, device):
     """uint8 images (N, 1, H, W), a batch at a time."""
     return (to_model_range(some, device) for some in images.split(AT_ONCE))
@@ -36,7 +41,7 @@ def real(images, device):
 
 def decoded(model, maps, device):
     """The images of code maps (N, h, w), a batch at a time."""
-    return (model.decode(some.to(device)) for some in maps.split(AT_ONCE))
+    return (model.decode(some.to(device)) for some in maps.split(at_once(4 * maps.shape[1], 4 * maps.shape[2])))
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ WEIGHT_DECAY = 0.05
 def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
-    parser.add_argument("--dataset", type=cli.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
-                        help=f"{' or '.join(data.DATASETS)} {shown}")
+    parser.add_argument("--dataset", type=cli.one_of(*data.DIGIT_SETS), default="MNIST", metavar="NAME",
+                        help=f"{', '.join(data.DIGIT_SETS)} {shown}")
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
-                        help=f"where MNIST is, or is downloaded to once {shown}")
+                        help=f"where the data set is, or is downloaded to once {shown}")
     parser.add_argument("--output", type=cli.name_inside("models"), default="classifier", metavar="NAME",
                         help=f"writes models/NAME.pt {shown}")
     parser.add_argument("--num-epochs", type=cli.whole_number(1), default=10, metavar="N",

@@ -15,17 +15,18 @@ from tqdm import tqdm
 
 import checkpoint
 import cli
+import data
 import files
 import resume
 import tracking
-from metrics import code_maps, nats_per_code
+from metrics import at_once, code_maps, nats_per_code
 from prior import CodePrior
+from quality import spread_labels
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
 PATIENCE = 3                    # epochs without a lower test loss, then the training stops
-CLASSES = 10
 COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 
 
@@ -79,12 +80,17 @@ def offsets_up_to(shift):
     return sorted(((dy, dx) for dy in steps for dx in steps), key=lambda offset: offset != (0, 0))
 
 
-def encode_sets(model, train_set, test_set, offsets, device):
+def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
     """→ training maps (S, N, h, w), one set for each of S offsets, and test maps (N, h, w)."""
+    size = at_once(*train_set.shape[1:])
     with tqdm(total=len(offsets) * len(train_set) + len(test_set), desc="encoding", unit="img", unit_scale=True,
               leave=False, disable=None) as bar:
-        train = torch.stack([code_maps(model, shifted(train_set.images, dy, dx), device, bar) for dy, dx in offsets])
-        return train, code_maps(model, test_set.images, device, bar)
+        train = [[] for _ in offsets]
+        for images, labels in data.batches(train_set, size, None, num_workers):       # each image is read once
+            for maps, (dy, dx) in zip(train, offsets):
+                maps.append(code_maps(model, [(shifted(images, dy, dx), labels)], device, bar))
+        test = code_maps(model, data.batches(test_set, size, None, num_workers), device, bar)
+        return torch.stack([torch.cat(maps) for maps in train]), test
 
 
 # ---------------------------------------------------------------- training
@@ -111,16 +117,17 @@ class Run(resume.Run):
     def __init__(self, args, vqvae, contents, path, saved=None):
         dataset, self.train_set, self.test_set = cli.open_data(args, contents)
         C, H, W = contents["dataset"]["shape"]
-        if list(self.train_set.images.shape[1:]) != [C, H, W]:
+        if self.train_set.shape != [C, H, W]:
             raise ValueError(f"--model {path}: its images are {[C, H, W]}, "
-                             f"those of --dataset {dataset} {list(self.train_set.images.shape[1:])}")
+                             f"those of --dataset {dataset} {self.train_set.shape}")
         resume.seed_everything(args.seed)
         order = torch.Generator().manual_seed(args.seed)
         self.vqvae, self.offsets = vqvae.to(args.device), offsets_up_to(args.shift)
         self.bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))         # of one nat per code
-        config = {"num_codes": vqvae.quantizer.num_codes, "height": H // 4, "width": W // 4, "num_classes": CLASSES,
-                  "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
-                  "drop_label": args.drop_label, "num_shifts": len(self.offsets)}
+        config = {"num_codes": vqvae.quantizer.num_codes, "height": H // 4, "width": W // 4,
+                  "num_classes": len(self.train_set.classes), "layers": args.layers, "embedding": args.width,
+                  "heads": args.heads, "dropout": args.dropout, "drop_label": args.drop_label,
+                  "num_shifts": len(self.offsets)}
         about = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
                  "vqvae": checkpoint.sha256(path), "dataset": dataset}
         if saved:
@@ -140,7 +147,7 @@ class Run(resume.Run):
 
     def encode(self):
         self.train_maps, self.test_maps = encode_sets(self.vqvae, self.train_set, self.test_set, self.offsets,
-                                                      self.args.device)
+                                                      self.args.device, self.args.num_workers)
 
     def finished(self):
         return super().finished() or self.risen()
@@ -258,8 +265,8 @@ def train(args, parser, argv):
 
 @torch.no_grad()
 def samples(prior, seed, device):
-    """A hundred code maps, ten of each class."""
-    labels = torch.arange(CLASSES, device=device).repeat_interleave(10)
+    """A hundred code maps, as many of each class."""
+    labels = spread_labels(prior.num_classes, 100).to(device)
     return prior.sample(labels, generator=torch.Generator().manual_seed(seed))
 
 

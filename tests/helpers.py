@@ -83,15 +83,23 @@ def bundled_digits():
         return arrays["images"], arrays["labels"]
 
 
+IDX_TYPES = {"uint8": 0x0800, "int32": 0x0C00}
+
+
+def idx(array):
+    """An array as the bytes of an IDX file, whose numbers have their high byte first."""
+    contents = (IDX_TYPES[array.dtype.name] + array.ndim).to_bytes(4, "big")
+    return contents + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.astype(
+        array.dtype.newbyteorder(">")).tobytes()
+
+
 def write_mnist(raw, train=600, test=200, compress=False):
     """Bundled digits as the four files of MNIST, in the IDX format, in the folder raw."""
     raw.mkdir(parents=True, exist_ok=True)
     images, labels = bundled_digits()
     for split, part in (("train", slice(0, train)), ("t10k", slice(train, train + test))):
         for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
-            contents = (0x0800 + array.ndim).to_bytes(4, "big")
-            contents += b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
-            path = raw / f"{split}-{kind}-ubyte"
+            contents, path = idx(array), raw / f"{split}-{kind}-ubyte"
             if compress:
                 path.with_name(path.name + ".gz").write_bytes(gzip.compress(contents))
             else:

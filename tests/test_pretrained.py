@@ -68,8 +68,8 @@ def test_scripts_use_it_without_model_and_say_so(tmp_path):
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "pretrained/vqvae.pt" in done.stderr
-    assert {path.name for path in (tmp_path / "generatedImages").iterdir()} == {"MNIST.png", "random.png"}
-    grid = np.array(Image.open(tmp_path / "generatedImages" / "MNIST.png").convert("L"))
+    assert {path.name for path in (tmp_path / "generatedImages").iterdir()} == {"MNIST-10k.png", "random.png"}
+    grid = np.array(Image.open(tmp_path / "generatedImages" / "MNIST-10k.png").convert("L"))
     assert np.median(grid) < 10 and grid.max() > 240                               # white digits on black
     mse = float(re.search(r"test MSE +([\d.]+)", done.stdout)[1])
     assert mse < 0.0075                             # these digits are among those that it was trained on

@@ -90,7 +90,7 @@ def test_generate_draws_what_the_published_network_reconstructs(tmp_path):
                       "--k", 64, "--seed", 7, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = torchvision.transforms.functional.pil_to_tensor(
-        Image.open(tmp_path / "generatedImages" / "MNIST.png").convert("L"))
+        Image.open(tmp_path / "generatedImages" / "MNIST-10k.png").convert("L"))
 
     digits = torch.from_numpy(bundled_digits()[0][9000:]).unsqueeze(1)
     chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(7))[:100]

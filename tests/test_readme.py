@@ -11,9 +11,9 @@ from helpers import ROOT, events, import_script
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "figures.py")
-NO_VALUE = {"required": None, "off": "False", "the input's name": "None", "the model's own": "None",
+NO_VALUE = {"required": None, "off": "False", "the input's or the data set's name": "None", "the model's own": "None",
             "from the file": "None", "the shipped model": "None", "none": "None", "beside the model": "None",
-            "the shipped one": "None", "every digit": "None", "all": "None"}
+            "the shipped one": "None", "every class": "None", "all": "None"}
 
 
 def flags_of(parser):
