@@ -49,7 +49,8 @@ WRONG += [("train_prior.py", flag, value) for flag in ("--layers", "--width", "-
 WRONG += [("train_prior.py", flag, value) for flag in ("--dropout", "--drop-label") for value in ("-0.1", "1", "nan")]
 WRONG += [("train_prior.py", "--shift", "-1"), ("train_prior.py", "--lr", "0"), ("train_prior.py", "--device", "gpu"),
           ("train_classifier.py", "--num-epochs", "0"), ("train_classifier.py", "--device", "gpu"),
-          ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1")]
+          ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1"),
+          ("codes.py", "--part", "all")]
 
 
 @pytest.mark.parametrize("script, flag, value", WRONG)
