@@ -128,6 +128,11 @@ def test_codes_of_another_model_and_flags_that_nothing_looks_at_are_refused(fold
     assert snapshot(folder) == before
 
 
+class Bomb:
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
 def test_a_damaged_or_foreign_file_of_codes_gets_one_line(folder, capsys):
     good, whole = arrays_of("codes.npz"), (folder / "codes.npz").read_bytes()
 
@@ -143,6 +148,7 @@ def test_a_damaged_or_foreign_file_of_codes_gets_one_line(folder, capsys):
                "none": changed(indices=good["indices"][:0], labels=good["labels"][:0]),
                "unequal": changed(labels=good["labels"][1:]), "shape": changed(image_shape=[28, 28]),
                "colour": changed(image_shape=[3, 28, 28]), "names": changed(model_sha256=["a", "b"])}
+    damaged["code"] = changed(model_sha256=np.array([Bomb()]))
     damaged["flipped"][len(whole) // 3] ^= 1
     np.save("array.npy", np.zeros(3))
     np.savez("foreign.npz", x=np.zeros(3))
@@ -153,7 +159,7 @@ def test_a_damaged_or_foreign_file_of_codes_gets_one_line(folder, capsys):
         assert f"--decode {name}: " in line and ("damaged" in line or "another model" in line), line
     line = refuse("codes.py", ["--model", "model.pt", "--decode", "missing", "--output", "x.npz"], capsys)
     assert "--decode missing: No such file" in line
-    assert not (folder / "x.npz").exists()
+    assert not (folder / "x.npz").exists() and not (folder / "exploded").exists()
 
 
 def test_names_of_classes_are_kept_where_a_data_set_has_some(folder, monkeypatch):
