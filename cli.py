@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             value = getattr(args, name)
             if value != self.get_default(name):
-                self.error(f"{flag_of(name)} {value}: {reason}")
+                self.error(f"{flag_of(name)}{'' if value is True else f' {value}'}: {reason}")
 
     def continued(self, args, argv, saved):
         """The arguments of a run that goes on: those in its checkpoint, but for the ones given anew that may change.

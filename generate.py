@@ -1,7 +1,8 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
 `--input prior` draws new digits from the learned prior, row i the digit i; `--input MNIST` reconstructs 100 test
-images; `--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
+images, or with --originals 50 under their originals; `--input random` decodes Gaussian noise, quantized. Without
+--model it uses the shipped one.
 """
 
 import io
@@ -29,6 +30,9 @@ def get_parser():
                         help=f"writes {FOLDER}/NAME.png (default: the input's name)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
+    parser.add_argument("--originals", action="store_true",
+                        help="with --input MNIST: a row of ten originals above each row of their reconstructions "
+                             "(default: reconstructions alone)")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", type=cli.whole_number(0), metavar="DIGIT",
@@ -36,10 +40,16 @@ def get_parser():
     return parser
 
 
-def reconstruct(model, dataset, generator, device):
-    """100 test images drawn by generator, encoded and decoded: (100, C, H, W) in [-1, 1]."""
+def reconstruct(model, dataset, generator, args):
+    """100 test images drawn by generator, encoded and decoded: (100, C, H, W) in [-1, 1].
+
+    With --originals the first 50 of them: ten originals, their ten reconstructions, the next ten originals, …
+    """
     chosen = torch.randperm(len(dataset), generator=generator)[:ROWS**2]
-    return model(data.to_model_range(dataset.images[chosen], device)).reconstruction
+    if not args.originals:
+        return model(data.to_model_range(dataset.images[chosen], args.device)).reconstruction
+    x = data.to_model_range(dataset.images[chosen[:ROWS**2 // 2]], args.device)       # (50, C, H, W)
+    return torch.stack([x, model(x).reconstruction]).unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
 
 
 def draw_digits(model, path, generator, args):
@@ -63,7 +73,7 @@ def generate(args):
     else:
         dataset, _, test_set = cli.open_data(args, contents)
         with cli.named(f"--model {path} --dataset", dataset):
-            images = reconstruct(model, test_set, generator, args.device)
+            images = reconstruct(model, test_set, generator, args)
 
     name = args.filename or args.input
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
@@ -80,6 +90,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.input != "prior":
         parser.check_unused(args, (*cli.SAMPLING, "label"), "is used with --input prior alone, add it")
+    if args.input != "MNIST":
+        parser.check_unused(args, ("originals",), f"is used with --input MNIST, not {args.input}")
     with parser.bad_input_in_one_line():
         generate(args)
 
