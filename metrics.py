@@ -29,7 +29,7 @@ def evaluate(model, batches, device, beta=1.0):
     for images, _ in batches:
         x = to_model_range(images, device)
         output = model(x)
-        sums += torch.stack(vqvae_losses(x, output, beta)).double().cpu() * len(x)
+        sums += torch.stack(vqvae_losses(x, output, beta)).cpu().double() * len(x)
         images_seen += len(x)
         counts += torch.bincount(output.indices.flatten(), minlength=len(counts)).cpu()
     model.train(was_training)
@@ -55,7 +55,7 @@ def nats_per_code(prior, maps, labels, device):
     """−log p(map | label) of code maps (N, h, w), the mean over all their codes, in evaluation mode."""
     was_training = prior.training
     prior.eval()
-    total = sum(prior.log_prob(some.to(device), their.to(device)).double().sum().item()
+    total = sum(prior.log_prob(some.to(device), their.to(device)).cpu().double().sum().item()
                 for some, their in zip(maps.split(AT_ONCE), labels.split(AT_ONCE)))
     prior.train(was_training)
     return -total / maps.numel()
