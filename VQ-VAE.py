@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 import checkpoint
 import cli
 import data
+import fast
 import files
 import resume
 import tracking
@@ -79,7 +80,7 @@ def get_parser():
     group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order and restarts {shown}")
     group.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
-                       help=f"cpu, cuda or cuda:N {shown}")
+                       help=f"{cli.DEVICES} {shown}")
     cli.add_speed_arguments(group)
 
     group = parser.add_argument_group("output")
@@ -126,8 +127,7 @@ def be_deterministic(device):
 def build_model(config, device):
     """The VectorQuantizedVAE of a configuration. Raises ValueError if there is no memory for it."""
     try:
-        # Channels last: the layout in which convolutions are fastest, and the quantizer's own.
-        return VectorQuantizedVAE(**config).to(device, memory_format=torch.channels_last)
+        return VectorQuantizedVAE(**config).to(device, memory_format=fast.layout(device))
     except RuntimeError as error:       # torch's way to say that memory is short
         raise ValueError(f"--hidden-size {config['hidden_size']} --k {config['num_codes']}: "
                          "no memory for a model of this size, choose smaller ones") from error
@@ -174,7 +174,7 @@ class Run(resume.Run):
         if saved:
             resume.check_about(about, saved)
         model = build_model(config, args.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
         steps = len(self.train_batches)
         schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * steps)
         super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),

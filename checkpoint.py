@@ -88,7 +88,9 @@ def _read(path, device):
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of the pickle's protocol
-            contents = torch.load(file, map_location=device, weights_only=True)
+            # A training's sums are float64, which MPS does not know; the model goes there when it is rebuilt.
+            place = "cpu" if torch.device(device).type == "mps" else device
+            contents = torch.load(file, map_location=place, weights_only=True)
         _check_values(contents, size)
         return contents
     except Exception as error:                      # torch.load answers damage with whatever it trips over

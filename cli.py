@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import data
 
+DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
 # When a run goes on, these may be given anew: they do not change what it learns in a step.
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             value = getattr(args, name)
             if value != self.get_default(name):
-                self.error(f"{flag_of(name)} {value}: {reason}")
+                self.error(f"{flag_of(name)}{'' if value is True else f' {value}'}: {reason}")
 
     def continued(self, args, argv, saved):
         """The arguments of a run that goes on: those in its checkpoint, but for the ones given anew that may change.
@@ -158,7 +159,7 @@ def add_model_arguments(parser):
                         help="checkpoint of VQ-VAE.py, or a state_dict of the published network "
                              "(default: the shipped model, pretrained/vqvae.pt)")
     parser.add_argument("--device", type=device, default="cpu", metavar="NAME",
-                        help=f"cpu, cuda or cuda:N {shown}")
+                        help=f"{DEVICES} {shown}")
     parser.add_argument("--dataset", type=one_of(*data.DATASETS), metavar="NAME",
                         help=f"{', '.join(data.DATASETS)} (default: the one that the model was trained on)")
     parser.add_argument("--data-folder", metavar="PATH",
@@ -324,11 +325,17 @@ def file_name(text):
 
 
 def device(text):
-    """A type for devices that this machine has: cpu, cuda, cuda:1, …"""
-    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text)
+    """A type for devices that this machine has: cpu, cuda, cuda:1, …, mps, and auto for the best of them."""
+    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from cpu, cuda, cuda:0, cuda:1, …")
-    if text != "cpu" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    if text == "auto":
+        # What was chosen is what a run remembers: on another machine it does not go on elsewhere unasked.
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if text == "mps" and not torch.backends.mps.is_available():
+        raise argparse.ArgumentTypeError("'mps' finds no Apple GPU: use --device cpu; a Mac with Apple silicon and "
+                                         "a build of torch for it are needed")
+    if text.startswith("cuda") and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(
             f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
             "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")

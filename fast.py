@@ -19,6 +19,14 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def layout(device):
+    """The memory layout for images and weights on a device: channels last, in which convolutions are fastest.
+
+    It is the quantizer's own too. On MPS BatchNorm's gradients are wrong in it, so that there it is the usual one.
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def compiled(function, say):
     """function, of tensors, compiled by torch when it is first called: as one graph, with the same random draws.
 

@@ -1,8 +1,8 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
-`--input test` reconstructs 100 test images of the model's data set, and the path of an image or a folder your own;
-`--input prior` draws new images from the learned prior, as many of each class, of digits row i the digit i;
-`--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
+`--input test` reconstructs 100 test images of the model's data set, and the path of an image or a folder your own, with
+--originals 50 under their originals; `--input prior` draws new images from the learned prior, as many of each class, of
+digits row i the digit i; `--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
 """
 
 import argparse
@@ -36,6 +36,9 @@ def get_parser():
                         help=f"writes {FOLDER}/NAME.png (default: the input's or the data set's name)")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
+    parser.add_argument("--originals", action="store_true",
+                        help="with --input MNIST: a row of ten originals above each row of their reconstructions "
+                             "(default: reconstructions alone)")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
@@ -81,6 +84,14 @@ def own_images(path, shape, generator):
         return torch.stack(images)
 
 
+def interleaved(originals, reconstructions):
+    """Rows of ten originals, each above the row of their reconstructions; or one row of each, if there are no ten."""
+    columns = min(ROWS, len(originals))
+    count = min(len(originals) // columns * columns, ROWS**2 // 2)
+    pairs = torch.stack([originals[:count], reconstructions[:count]])                 # (2, count, C, H, W)
+    return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
+
+
 def draw(model, contents, path, generator, args):
     """100 new images from the prior: as many of each class, or all of them args.label. (100, C, H, W) in [-1, 1]."""
     prior, _ = cli.open_prior(args, path)
@@ -116,14 +127,17 @@ def generate(args):
             images, name = own_images(args.input, shape, generator), args.input.resolve().stem
         else:
             images, name = test_images(args, contents, path, generator)
-        images = model(data.to_model_range(images, args.device)).reconstruction
+        images = data.to_model_range(images, args.device)
+        reconstructions = model(images).reconstruction
+        images = interleaved(images, reconstructions) if args.originals else reconstructions
 
     name = args.filename or name
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
-        save_image(data.to_unit_range(images), picture, format="png", nrow=ROWS)
+        columns = len(images) // 2 if args.originals else ROWS
+        save_image(data.to_unit_range(images), picture, format="png", nrow=min(ROWS, columns))
         write_whole(path, picture.getbuffer())
     print(path)
 
@@ -133,6 +147,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.input != "prior":
         parser.check_unused(args, (*cli.SAMPLING, "label"), "is used with --input prior alone, add it")
+    if args.input in ("random", "prior"):
+        parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
     with parser.bad_input_in_one_line():
         generate(args)
 

@@ -34,7 +34,7 @@ def evaluate(model, batches, device, beta=1.0):
     for images, _ in batches:
         x = to_model_range(images, device)
         output = model(x)
-        sums += torch.stack(vqvae_losses(x, output, beta)).double().cpu() * len(x)
+        sums += torch.stack(vqvae_losses(x, output, beta)).cpu().double() * len(x)
         images_seen += len(x)
         counts += torch.bincount(output.indices.flatten(), minlength=len(counts)).cpu()
     model.train(was_training)
@@ -61,7 +61,7 @@ def nats_per_code(prior, maps, labels, device):
     was_training = prior.training
     prior.eval()
     some = at_once(4 * prior.height, 4 * prior.width)
-    total = sum(prior.log_prob(some_maps.to(device), their.to(device)).double().sum().item()
+    total = sum(prior.log_prob(some_maps.to(device), their.to(device)).cpu().double().sum().item()
                 for some_maps, their in zip(maps.split(some), labels.split(some)))
     prior.train(was_training)
     return -total / maps.numel()

@@ -97,6 +97,14 @@ def init_convolution(module):
         nn.init.zeros_(module.bias)
 
 
+def in_usual_layout(x):
+    """x (B, D, h, w) as it is; on MPS, and its gradient too, in the layout in which BatchNorm's gradients are right.
+
+    The quantizer has its latents channels last. A view's gradient comes back in the view's order.
+    """
+    return x.flatten(1).view(x.shape) if x.device.type == "mps" else x
+
+
 class VectorQuantizedVAE(nn.Module):
     """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
 
@@ -119,8 +127,8 @@ class VectorQuantizedVAE(nn.Module):
     def forward(self, x):
         """Images x (B, C, H, W) in [-1, 1] → VQVAEOutput. Raises ValueError as encode() does."""
         z_e = self._latents(x)                                        # (B, D, h, w)
-        quantized = self.quantizer(z_e)
-        return VQVAEOutput(self.decoder(quantized.z_q), z_e, *quantized)
+        quantized = self.quantizer(in_usual_layout(z_e))
+        return VQVAEOutput(self.decoder(in_usual_layout(quantized.z_q)), z_e, *quantized)
 
     def encode(self, x):
         """Code indices (B, H/4, W/4) of images (B, C, H, W) in [-1, 1].

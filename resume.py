@@ -39,7 +39,7 @@ class Progress:
     def add(self, losses, images):
         """One more step, with its losses (L,) and its number of images."""
         self.waiting[self.batches % LOG_EVERY] = losses
-        self.sums += losses.double() * images
+        self.sums += losses.to(self.sums.device).double() * images
         self.batches, self.step, self.images = self.batches + 1, self.step + 1, self.images + images
 
     def latest_losses(self):
@@ -66,8 +66,9 @@ class Run:
         self.order, self.steps, self.images = order, steps, images    # steps and images of an epoch
         fast.keep_freed_memory()
         L = len(self.losses)
+        place = "cpu" if args.device == "mps" else args.device        # MPS knows no float64
         self.progress = progress(order=order.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
-                                 sums=torch.zeros(L, dtype=torch.float64, device=args.device), **more)
+                                 sums=torch.zeros(L, dtype=torch.float64, device=place), **more)
 
     def compiled_if_asked(self, function):
         """With --compile, function compiled by torch."""

@@ -16,9 +16,9 @@ from vector_quantizer import VectorQuantizer, vq, vq_st
 
 
 def float64_distances(inputs, codebook):
-    """Squared distances (N, K), element by element in float64."""
-    flat = inputs.reshape(-1, inputs.shape[-1]).double()
-    return (flat[:, None, :] - codebook.double()[None, :, :]).square().sum(dim=-1)
+    """Squared distances (N, K), element by element in float64, on the CPU: some GPUs know no such numbers."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).cpu().double()
+    return (flat[:, None, :] - codebook.cpu().double()[None, :, :]).square().sum(dim=-1)
 
 
 def images(count, channels=1, height=28, width=28, device="cpu"):
@@ -61,7 +61,7 @@ def test_vq_agrees_with_float64_brute_force(device="cpu"):
         for scale in (1e-3, 1.0, 1e3):
             inputs = torch.randn(shape, device=device) * scale
             codebook = torch.randn(K, shape[-1], device=device) * scale
-            indices = vq(inputs, codebook)
+            indices = vq(inputs, codebook).cpu()
             assert indices.shape == shape[:-1] and indices.dtype == torch.int64
             distances = float64_distances(inputs, codebook)
             chosen = distances.gather(1, indices.reshape(-1, 1)).squeeze(1)
@@ -90,7 +90,7 @@ def test_vq_is_right_under_a_large_shared_offset(device="cpu"):
         distances = float64_distances(inputs, codebook)
         clear = second_gap(distances) > 1e-4
         assert clear.float().mean() > 0.9
-        assert torch.equal(vq(inputs, codebook)[clear], distances.argmin(dim=1)[clear])
+        assert torch.equal(vq(inputs, codebook).cpu()[clear], distances.argmin(dim=1)[clear])
 
 
 def test_vq_gives_ties_to_the_lowest_index(device="cpu"):
@@ -103,7 +103,7 @@ def test_vq_gives_ties_to_the_lowest_index(device="cpu"):
         assert (vq(inputs, torch.cat([codebook, codebook])) < K).all()
         # Whole numbers leave nothing to rounding: many true ties, found by the reference as well.
         inputs, codebook = inputs[:, :3].round(), codebook[:, :3].round()
-        assert torch.equal(vq(inputs, codebook), float64_distances(inputs, codebook).argmin(dim=1))
+        assert torch.equal(vq(inputs, codebook).cpu(), float64_distances(inputs, codebook).argmin(dim=1))
 
 
 def test_vq_computes_in_float32_under_autocast(device="cpu"):
@@ -158,15 +158,15 @@ def test_quantizer_replaces_each_latent_by_its_nearest_code(device="cpu"):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(32, 5, codebook_init="uniform").to(device)
     z_e = torch.randn(2, 5, 3, 4, device=device) / 32
-    out = quantizer(z_e)
+    out, codebook = quantizer(z_e), quantizer.codebook.detach().cpu().double()
     for b in range(2):
         for i in range(3):
             for j in range(4):
-                latent = z_e[b, :, i, j].double()
-                index = min(range(32), key=lambda k: (latent - quantizer.codebook[k].double()).square().sum().item())
+                latent = z_e[b, :, i, j].cpu().double()
+                index = min(range(32), key=lambda k: (latent - codebook[k]).square().sum().item())
                 assert out.indices[b, i, j] == index
                 assert torch.equal(out.z_q[b, :, i, j], quantizer.codebook[index])
-    expected = (out.z_q.double() - z_e.double()).square().mean().item()
+    expected = (out.z_q.cpu().double() - z_e.cpu().double()).square().mean().item()
     assert abs(out.codebook_loss.item() - expected) < 1e-7
     assert abs(out.commitment_loss.item() - expected) < 1e-7
     assert torch.equal(quantizer.lookup(out.indices), out.z_q)
@@ -303,7 +303,8 @@ def test_reconstruction_does_not_depend_on_the_batch(device="cpu"):
 
 def main(argv=None):
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--device", type=cli.device, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", type=cli.device, default="cpu",
+                        help=f"{cli.DEVICES} (default: %(default)s)")
     device = parser.parse_args(argv).device
     failed = 0
     checks = [check for name, check in globals().items() if name.startswith("test_")]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -21,16 +22,24 @@ from torchvision.utils import make_grid
 from data import to_unit_range
 from files import remove_temporary, write_whole
 from metrics import perplexity
+from modules import Losses
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
 PRIOR_SUFFIX = ".prior"         # of the event file of train_prior.py
 BY_STEP = ("loss/train/", "lr")             # tags; the others are by epoch
-AT_THE_END = ("final/", "_hparams_/")       # tags that a run writes once, when it is over
+# Tags that are written once, when a run is over or when its file is opened.
+ONCE = ("final/", "_hparams_/", CONFIG_SUMMARY_TAG)
 EMBEDDING = "codebook"          # the projector's tag, and the name of its folders
 DECODED_AT_ONCE = 512           # codes
 SHOWN_IN_A_ROW, IMAGE_PADDING = 8, 2        # of the grids of images, the padding in pixels
+# Charts of several curves each. A folder may hold the logs of both trainings, and one layout alone.
+CHARTS = {
+    "losses": {f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
+               for split, title in (("train", "training"), ("test", "test"))},
+    "prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]},
+}
 
 
 def remove_logs(folder, suffix=""):
@@ -61,7 +70,7 @@ def keep_until(folder, step, epoch, suffix=""):
     """Take back what a run logged after a step and an epoch, when it is about to do them again.
 
     A SummaryWriter's purge_step would do this on one axis, but losses are logged by step and most
-    of the rest by epoch. What is logged at the end of a run goes as well.
+    of the rest by epoch. What is logged at the end of a run goes as well, and what opened() writes again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
@@ -72,7 +81,7 @@ def keep_until(folder, step, epoch, suffix=""):
             event = Event.FromString(record)
             tags = [value.tag for value in event.summary.value]
             last = step if any(tag.startswith(BY_STEP) for tag in tags) else epoch
-            if event.step <= last and not any(tag.startswith(AT_THE_END) for tag in tags):
+            if event.step <= last and not any(tag.startswith(ONCE) for tag in tags):
                 records.write(record)
         write_whole(path, buffer.getbuffer())
     if not suffix:
@@ -81,7 +90,10 @@ def keep_until(folder, step, epoch, suffix=""):
 
 @contextmanager
 def opened(folder, suffix=""):
-    """A SummaryWriter for a folder. An error of its writing thread is raised where it is used next, and there alone."""
+    """A SummaryWriter for a folder, with the layout of CHARTS written.
+
+    An error of its writing thread is raised where it is used next, and there alone.
+    """
     def printed(failed, former=threading.excepthook):
         if not issubclass(failed.exc_type, OSError):
             former(failed)
@@ -90,6 +102,7 @@ def opened(folder, suffix=""):
     try:
         writer = SummaryWriter(folder, filename_suffix=suffix)
         try:
+            writer.add_custom_scalars(CHARTS)
             yield writer
         except BaseException:
             with suppress(OSError):

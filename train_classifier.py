@@ -14,6 +14,7 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import data
+import fast
 from classifier import DigitClassifier
 from metrics import AT_ONCE
 
@@ -39,7 +40,7 @@ def get_parser():
     parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
                         help=f"seed of weights, data order and augmentation {shown}")
     parser.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
-                        help=f"cpu, cuda or cuda:N {shown}")
+                        help=f"{cli.DEVICES} {shown}")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace a classifier of that name (default: leave it untouched and stop)")
     return parser
@@ -63,8 +64,9 @@ def train(args):
         train_set, test_set = data.load(args.dataset, args.data_folder)
     torch.manual_seed(args.seed)
     batches = data.batches(train_set, args.batch_size, torch.Generator().manual_seed(args.seed))
-    model = DigitClassifier().to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    model = DigitClassifier().to(args.device, memory_format=fast.layout(args.device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY,
+                                  fused=args.device != "mps")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.num_epochs * len(batches),
                                                    cycle_momentum=False)
     with cli.named("--output", args.output):

@@ -139,7 +139,7 @@ class Run(resume.Run):
             raise ValueError(f"--layers {args.layers} --width {args.width}: there is no memory for a prior of this size"
                              ) from error
         optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
-                                      fused=True)
+                                      fused=args.device != "mps")
         steps = math.ceil(len(self.train_set) / args.batch_size)
         super().__init__(args, about, prior, optimizer, warm_up_then_cosine(optimizer, args.num_epochs * steps),
                          order, steps, len(self.train_set), track=["  ".join(COLUMNS)])

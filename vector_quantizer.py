@@ -79,7 +79,10 @@ def _shared_offset(latents):
     if len(latents) > 256:
         some = latents[torch.arange(256, device=latents.device) * 7919 % len(latents)]
     deviation, mean = torch.std_mean(some, dim=0, correction=0)
-    step = torch.exp2(torch.frexp(8 * deviation.max()).exponent.float())
+    spread = 8 * deviation.max()
+    if spread.device.type == "mps":     # there is no frexp there
+        spread = spread.cpu()
+    step = torch.exp2(torch.frexp(spread).exponent.float())
     return torch.nan_to_num(torch.round(mean / step) * step, nan=0, posinf=0, neginf=0)
 
 

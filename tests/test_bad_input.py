@@ -43,13 +43,14 @@ WRONG += [("generate.py", "--input", "noise"), ("generate.py", "--dataset", "Ima
 WRONG += [("generate.py", "--seed", "-1")]
 WRONG += [("generate.py", "--filename", value) for value in ("../elsewhere", "/tmp/elsewhere", "")]
 WRONG += [(script, "--device", value) for script in ("VQ-VAE.py", "generate.py", "evaluate.py")
-          for value in ("gpu", "cuda:x", "cuda:", "cpu:3")]
+          for value in ("gpu", "cuda:x", "cuda:", "cpu:3", "mps:0", "auto:1")]
 WRONG += [("train_prior.py", flag, value) for flag in ("--layers", "--width", "--heads", "--batch-size", "--num-epochs")
           for value in ("0", "2.5", "many")]
 WRONG += [("train_prior.py", flag, value) for flag in ("--dropout", "--drop-label") for value in ("-0.1", "1", "nan")]
 WRONG += [("train_prior.py", "--shift", "-1"), ("train_prior.py", "--lr", "0"), ("train_prior.py", "--device", "gpu"),
           ("train_classifier.py", "--num-epochs", "0"), ("train_classifier.py", "--device", "gpu"),
-          ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1")]
+          ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1"),
+          ("codes.py", "--part", "all")]
 
 
 @pytest.mark.parametrize("script, flag, value", WRONG)
@@ -70,6 +71,34 @@ def test_cuda_without_a_gpu_says_what_to_do(script, folder, capsys):
         for word in ("--device", value, "--device cpu", "Colab", "Change runtime type"):
             assert word in line
     assert snapshot(folder) == {}
+
+
+def test_mps_without_an_apple_gpu_says_what_to_do(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    line = refuse("generate.py", ["--device", "mps"], capsys)
+    for word in ("--device", "'mps'", "--device cpu", "Apple"):
+        assert word in line
+    assert snapshot(folder) == {}
+
+
+@pytest.mark.parametrize("cuda, mps, chosen", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_is_the_best_device_that_is_there(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    for script in ("VQ-VAE.py", "train_classifier.py", "generate.py"):
+        assert import_script(script).get_parser().parse_args(["--device", "auto"]).device == chosen
+
+
+def test_a_run_goes_on_where_it_was_or_on_the_device_given_anew_and_nowhere_else_unasked(monkeypatch):
+    """Its settings hold what --device auto chose; without that device it says so, and takes another if told."""
+    parser = import_script("VQ-VAE.py").get_parser()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    saved = {"training": {"settings": vars(parser.parse_args(["--device", "auto"]))}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device: 'cuda' finds no CUDA GPU"):
+        parser.continued(parser.parse_args([]), [], saved)
+    assert parser.continued(parser.parse_args([]), ["--device", "auto"], saved).device == "cpu"
 
 
 def test_unknown_and_missing_flags_are_refused(folder, capsys):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import checkpoint
 import fast
+from modules import in_usual_layout
 from prior import CodePrior
 from vector_quantizer import VectorQuantizer
 
@@ -133,6 +134,26 @@ def test_a_run_that_goes_on_compiles_the_steps_that_an_unbroken_one_does(tmp_pat
         for _, _ in zip(range(2), again.take_steps(writer, tqdm(disable=True))):
             pass
     assert compiled == [16, 16]
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that says it is on an Apple GPU."""
+
+    device = torch.device("mps")
+
+
+def test_batch_norm_sees_the_usual_layout_alone_on_mps_forward_and_backward():
+    values = torch.randn(2, 3, 4, 5)
+    for kind, contiguous in ((torch.Tensor, False), (OnMPS, True)):
+        x = values.to(memory_format=torch.channels_last).as_subclass(kind).requires_grad_()
+        seen = []
+        x.register_hook(lambda gradient, seen=seen: seen.append(gradient.as_subclass(torch.Tensor)))
+        y = in_usual_layout(x)
+        assert torch.equal(y.as_subclass(torch.Tensor), values) and y.is_contiguous() == contiguous
+        gradient = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        y.backward(gradient)
+        assert torch.equal(seen[0], gradient) and seen[0].is_contiguous() == contiguous
+    assert fast.layout("mps") == torch.contiguous_format and fast.layout("cpu") == torch.channels_last
 
 
 def test_a_prior_works_in_float64_too():

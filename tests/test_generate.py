@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, run_script
+from helpers import bundled_digits, refuse, run_script
 from PIL import Image
 
 import checkpoint
@@ -45,6 +45,23 @@ def test_mnist_writes_a_hundred_reconstructions_white_on_black(folder):
     assert (nearest == chosen).mean() > 0.9
     assert errors[range(100), chosen].mean() < 0.2 * np.square(digits[chosen]).mean()
     assert np.median(cells(picture)) < 20 and cells(picture).max() > 230
+
+
+def test_originals_stand_in_rows_above_their_reconstructions(folder):
+    _, plain = generate(folder, "--seed", 3)
+    _, picture = generate(folder, "--seed", 3, "--originals")
+    rows = cells(picture).reshape(5, 2, 10, 28, 28)
+    chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:50].numpy()
+    assert np.abs(rows[:, 0].reshape(50, 28, 28) - bundled_digits()[0][9000:][chosen]).max() <= 1
+    assert np.abs(rows[:, 1].reshape(50, 28, 28) - cells(plain)[:50]).max() <= 1
+
+
+def test_originals_are_refused_where_there_are_none(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for name in ("random", "prior"):
+        line = refuse("generate.py", ["--model", "model.pt", "--input", name, "--originals"], capsys)
+        assert f"--originals: is used with images as --input, not with {name}" in line
+    assert [path.name for path in folder.iterdir()] == ["model.pt"]
 
 
 def test_random_decodes_the_codes_nearest_to_gaussian_noise(folder):

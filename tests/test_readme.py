@@ -7,10 +7,14 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from helpers import ROOT, events, import_script
 
+import data
+
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "figures.py")
+SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
+           "figures.py")
 NO_VALUE = {"required": None, "off": "False", "the input's or the data set's name": "None", "the model's own": "None",
             "from the file": "None", "the shipped model": "None", "none": "None", "beside the model": "None",
             "the shipped one": "None", "every class": "None", "all": "None"}
@@ -105,7 +109,22 @@ def test_every_tag_is_in_the_table(trained):
 
 
 def test_python_snippet_runs(trained):
-    snippet, = code_blocks("python")
+    snippet = next(block for block in code_blocks("python") if "data.load" in block)
     names = {}
     exec(snippet.replace("models/MNIST-10k/best.pt", str(trained / "models" / "run" / "best.pt")), names)
     assert names["indices"].shape == (8, 7, 7) and names["images"].shape == (8, 1, 28, 28)
+
+
+def test_python_snippet_that_reads_codes_runs(tmp_path, monkeypatch):
+    snippet, = (block for block in code_blocks("python") if "data.load" not in block)
+    monkeypatch.chdir(tmp_path)
+    command = next(block for block in code_blocks("shell") if "--output codes.npz" in block)
+    import_script("codes.py").main([*shlex.split(command)[2:], "--dataset", "MNIST-10k", "--part", "test"])
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    names = {}
+    exec(snippet, names)
+    assert names["indices"].shape == (1000, 7, 7) and names["labels"].shape == (1000,)
+    _, test_set = data.load("MNIST-10k", "MNIST")
+    x = data.to_model_range(test_set.images[:8])
+    with torch.no_grad():
+        assert torch.equal(names["images"], names["model"](x).reconstruction)

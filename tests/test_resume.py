@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import events, import_script, run_script, snapshot, start, wait_for
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
@@ -72,6 +73,7 @@ def curves(logs):
     tags = run.Tags()
     found = {(kind, tag): sorted(values(tag)) for kind, values in read.items() for tag in tags[kind]}
     found["graph"] = tags["graph"] and run.Graph()
+    found["charts"] = [event.tensor_proto for event in run.Tensors(CONFIG_SUMMARY_TAG)]
     if "final/mse" in tags["scalars"]:
         content = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
         found["hparams"] = HParamsPluginData.FromString(content)

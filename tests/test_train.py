@@ -68,7 +68,11 @@ def test_event_file_holds_every_tag(trained):
     assert any("conv" in operation for operation in operations)
 
 
-def test_tensorboard_serves_every_tag_over_http(trained):
+def test_tensorboard_serves_every_tag_and_the_charts_over_http(trained):
+    def ask(path):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path) as answer:
+            return json.load(answer)
+
     server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--port", "0", "--host",
                                "127.0.0.1", "--load_fast", "false"],
                               cwd=trained, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -78,13 +82,20 @@ def test_tensorboard_serves_every_tag_over_http(trained):
         for plugin in ("scalars", "images", "histograms"):
             served = {}
             for _ in range(100):                            # it answers before it has read the logs
-                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                        f"{address}data/plugin/{plugin}/tags") as answer:
-                    served = json.load(answer)
+                served = ask(f"data/plugin/{plugin}/tags")
                 if set(served.get("run", ())) == set(expected[plugin]):
                     break
                 time.sleep(0.2)
             assert set(served["run"]) == set(expected[plugin]), plugin
+        categories = {category["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
+                      for category in ask("data/plugin/custom_scalars/layout")["category"]}
+        assert categories["losses"] == {
+            "the three losses, training": [f"loss/train/{name}" for name in LOSSES[:3]],
+            "the three losses, test": [f"loss/test/{name}" for name in LOSSES[:3]]}
+        assert list(categories["prior"].values()) == [["prior/train", "prior/test"]]
+        for tag in (tag for tags in categories["losses"].values() for tag in tags):
+            curves = ask(f"data/plugin/custom_scalars/scalars?run=run&tag={tag}")["tag_to_events"]
+            assert [point[1] for point in curves.pop(tag)] == (LOGGED if "train" in tag else [1, 2]) and not curves
     finally:
         server.kill()
         server.wait()
