@@ -15,10 +15,12 @@ import torch
 
 import checkpoint
 import data
+import processes
 
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
 # When a run goes on, these may be given anew: they do not change what it learns in a step.
+LOST = "another process of this run has died, or does not answer"
 MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every", "compile")
 
 
@@ -29,6 +31,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
+        if not processes.speaks():
+            self.exit(2)
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' …'}\n")
 
@@ -79,8 +83,12 @@ class Parser(argparse.ArgumentParser):
             yield
         except (OSError, ValueError) as error:
             self.error(describe(error))
+        except RuntimeError as error:
+            if not processes.lost(error):
+                raise
+            self.error(LOST)
         except KeyboardInterrupt:
-            self.exit(130, f"\n{self.prog}: interrupted\n")
+            self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
 
 
 def describe(error):
@@ -131,12 +139,17 @@ def add_run_arguments(group, what):
 @contextmanager
 def kept(last, command, batch_size):
     """Say what is left, and how to go on with it, after an error of the system that ends a training."""
+    def stopped(why):
+        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
+        return ValueError(f"{why}; the training has stopped, {left}")
+
     try:
         yield
     except OSError as error:
-        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
-        raise ValueError(f"{describe(error)}; the training has stopped, {left}") from error
+        raise stopped(describe(error)) from error
     except RuntimeError as error:       # torch's way to say that memory is short, and much else
+        if processes.lost(error):
+            raise stopped(LOST) from error
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
@@ -175,7 +188,7 @@ def open_model(args):
     path = args.model or shipped
     with named("--model", path):
         model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
-    if not args.model:
+    if not args.model and processes.leads():
         print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
     return model, contents, path
 
