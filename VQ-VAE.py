@@ -6,7 +6,6 @@ Writes models/NAME (checkpoints, arguments, a text track) and logs/NAME (TensorB
 import json
 import os
 import platform
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import cli
 import data
 import fast
 import files
+import processes
 import resume
 import tracking
 from metrics import evaluate, perplexity
@@ -68,7 +68,7 @@ def get_parser():
 
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=cli.whole_number(1), default=128, metavar="N",
-                       help=f"images per step {shown}")
+                       help=f"images per step, of all processes together {shown}")
     group.add_argument("--num-epochs", "--num_epoch", type=cli.whole_number(1), default=10, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=cli.number(above=0), default=2e-4, metavar="RATE",
@@ -92,6 +92,18 @@ def get_parser():
 
 # ---------------------------------------------------------------- the run's folders
 
+def check_folders(args, models, logs, last):
+    """Raise ValueError if the run could not be written, or not go on from the file `last`."""
+    with cli.named("--output-folder", args.output_folder):
+        if not args.resume:
+            files.check_free((models, logs), args.overwrite)
+        elif not last.is_file():
+            raise ValueError(f"there is no {last} to --resume: start the run anew, with --overwrite if it has a folder")
+        else:
+            files.check_writable(last)
+            files.check_writable(logs / "events")
+
+
 def prepare_folders(models, logs):
     """Make the run's folders, without the files of a former run. Other files in them are kept."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -107,7 +119,7 @@ def settings(args):
     """The arguments and the versions that a run's figures come from, as plain values."""
     return {**vars(args), "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                        "torchvision": torchvision.__version__},
-            "threads": torch.get_num_threads()}
+            "processes": processes.count(), "threads": torch.get_num_threads()}
 
 
 def hparams(args):
@@ -155,6 +167,9 @@ class Run(resume.Run):
     losses = Losses._fields
 
     def __init__(self, args, saved=None):
+        processes.use_device(args.device)
+        with cli.named("--batch-size", args.batch_size):
+            self.share = processes.split(args.batch_size)
         train_set, self.test_set = cli.load_data(
             args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
         on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
@@ -163,8 +178,9 @@ class Run(resume.Run):
         be_deterministic(args.device)
         resume.seed_everything(args.seed)
         order = torch.Generator().manual_seed(args.seed)
-        self.train_batches = data.batches(train_set, args.batch_size, order, args.num_workers, on_gpu and in_workers)
-        self.test_batches = data.batches(self.test_set, args.batch_size, None, args.num_workers, on_gpu and in_workers)
+        self.train_batches = data.batches(train_set, self.share, order, args.num_workers, on_gpu and in_workers)
+        self.test_batches = data.batches(processes.part(self.test_set), self.share, None, args.num_workers,
+                                         on_gpu and in_workers)
         self.shown = data.to_model_range(self.test_set[:SHOWN_IMAGES][0], args.device)
         config = {"channels": train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
                   "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
@@ -180,7 +196,7 @@ class Run(resume.Run):
         super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),
                          Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
                          counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
-        self.compiled = self.compiled_if_asked(self.losses_of)
+        self.eager, self.compiled = self.losses_of, self.compiled_if_asked(self.losses_of)
 
     def losses_of(self, x):
         """Losses of images x (B, C, H, W), and the codes chosen (B·h·w,)."""
@@ -199,20 +215,24 @@ class Run(resume.Run):
                 continue
             x = data.to_model_range(images, args.device)              # (B, C, H, W)
             # K-means asks the codebook whether it has been, and a batch that is not full would be compiled again.
-            whole = len(x) == args.batch_size and quantizer.known_initialised
-            losses, chosen = (self.compiled if whole else self.losses_of)(x)
+            whole = len(x) == self.share and quantizer.known_initialised
+            losses, chosen = (self.compiled if whole else self.eager)(x)
             self.optimizer.zero_grad()
             losses.total.backward()
             self.optimizer.step()
+            processes.average_statistics(self.model)
             lr = self.schedule.get_last_lr()[0]
             self.schedule.step()
 
-            progress.add(torch.stack(losses).detach(), len(x))
-            progress.counts.index_add_(0, chosen, torch.ones_like(chosen))
-            bar.update(len(x))
+            images = self.images_of_all(len(x))
+            progress.add(processes.all_mean(torch.stack(losses).detach()), images)
+            used = torch.zeros_like(progress.counts).index_add_(0, chosen, torch.ones_like(chosen))
+            progress.counts += processes.all_sum(used)
+            bar.update(images)
             if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
                 mean = Losses(*self.finite_losses().mean(dim=0).tolist())
-                tracking.log_steps(writer, progress.step, mean, lr)
+                if processes.leads():
+                    tracking.log_steps(writer, progress.step, mean, lr)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
             yield
 
@@ -220,6 +240,11 @@ class Run(resume.Run):
         """Test the model, log the epoch, and write best.pt, model_EPOCH.pt and the track."""
         args, model, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
         tested, counts = evaluate(model, self.test_batches, args.device, args.beta)
+        better = tested.reconstruction < progress.best
+        if better:
+            progress.best, progress.best_epoch = tested.reconstruction, epoch
+        if not processes.leads():
+            return
         trained = Losses(*(progress.sums / progress.images).tolist())
         restarts = progress.restarts.item()
         tracking.log_epoch(writer, epoch, tested, counts, progress.counts.cpu(), restarts)
@@ -230,8 +255,7 @@ class Run(resume.Run):
 
         contents = {**self.about, "model": model.state_dict(), "epoch": epoch, "step": progress.step,
                     "test": tested._asdict()}
-        if tested.reconstruction < progress.best:
-            progress.best, progress.best_epoch = tested.reconstruction, epoch
+        if better:
             checkpoint.save(models / "best.pt", contents)
         checkpoint.save(models / f"model_{epoch}.pt", contents)
         progress.track.append(tracking.track_line(
@@ -241,45 +265,49 @@ class Run(resume.Run):
         print(progress.track[-1], flush=True)
 
 
+def write_beginning(args, run, models, logs):
+    """Prepare the folders for the steps to come."""
+    if args.resume:
+        files.remove_temporary(models)
+        tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1)
+    else:
+        files.check_free((models,), args.overwrite)         # another run may have been faster
+        prepare_folders(models, logs)
+    files.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
+    tracking.write_track(models / tracking.TRACK, run.progress.track)
+
+
 def train(args, parser, argv):
     """Train from the start, or with --resume from where last.pt stands."""
     models, logs = Path("models", args.output_folder), Path("logs", args.output_folder)
     last, flag = models / "last.pt", f"--output-folder {args.output_folder}"
-    command = shlex.join(["python3", "VQ-VAE.py", "--resume", "--output-folder", args.output_folder])
-    with cli.named("--output-folder", args.output_folder):
-        if not args.resume:
-            files.check_free((models, logs), args.overwrite)
-        elif not last.is_file():
-            raise ValueError(f"there is no {last} to --resume: start the run anew, with --overwrite if it has a folder")
-        else:
-            cli.check_writable(last)
-            cli.check_writable(logs / "events")
-    # Everything that can be wrong is found before a file is written.
-    with files.locked(models, flag), files.locked(logs, flag):
-        if args.resume:
-            with cli.named("--resume", last):
-                _, saved = checkpoint.load_model(last)
-                args = parser.continued(args, argv, saved)
-                run = Run(args, saved)
-                run.go_on(saved)
-        else:
-            run = Run(args)
-        with cli.named("--output-folder", args.output_folder):
+    command = processes.command("VQ-VAE.py", "--resume", "--output-folder", args.output_folder)
+    one = processes.by_the_first
+    if processes.leads():
+        check_folders(args, models, logs, last)
+    # Everything that can be wrong is found, by all processes, before a file is written.
+    with one(files.locked(models, flag)), one(files.locked(logs, flag)):
+        with processes.first_goes_ahead():
             if args.resume:
-                files.remove_temporary(models)
-                tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1)
+                with cli.named("--resume", last):
+                    _, saved = checkpoint.load_model(last)
+                    args = parser.continued(args, argv, saved)
+                    run = Run(args, saved)
+                    run.go_on(saved)
             else:
-                files.check_free((models,), args.overwrite)         # another run may have been faster
-                prepare_folders(models, logs)
-            files.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
-            tracking.write_track(models / tracking.TRACK, run.progress.track)
+                run = Run(args)
+        processes.wait()
+        if processes.leads():
+            with cli.named("--output-folder", args.output_folder):
+                write_beginning(args, run, models, logs)
         print(f"Training on {run.about['dataset'].get('folder', args.dataset)}: {run.images:,} images, "
               f"{len(run.test_set):,} to test, on {args.device}"
-              + (f", from step {run.progress.step:,} on." if args.resume else "."))
+              + processes.told() + (f", from step {run.progress.step:,} on." if args.resume else "."))
         print(*run.progress.track, sep="\n", flush=True)
         start = time.perf_counter()
-        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), tracking.opened(logs) as writer:
-            if not args.resume:
+        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), one(
+                tracking.opened(logs)) as writer:
+            if not args.resume and processes.leads():
                 tracking.log_images(writer, run.model, run.shown, epoch=0)
             run.learn(writer, last, signals)
     if not run.finished():
@@ -296,7 +324,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.dataset != data.FOLDER and not args.resume:
         parser.check_unused(args, ("image_size", "channels"), "is used with --dataset folder alone, add it")
-    with parser.bad_input_in_one_line():
+    with parser.bad_input_in_one_line(), processes.joined():
         train(args, parser, argv)
 
 

@@ -15,11 +15,14 @@ import torch
 
 import checkpoint
 import data
+import files
+import processes
 
 DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
 # When a run goes on, these may be given anew: they do not change what it learns in a step.
+LOST = "another process of this run has died, or does not answer"
 MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every", "compile")
 
 
@@ -30,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
+        if not processes.speaks():
+            self.exit(2)
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' …'}\n")
 
@@ -80,8 +85,12 @@ class Parser(argparse.ArgumentParser):
             yield
         except (OSError, ValueError) as error:
             self.error(describe(error))
+        except RuntimeError as error:
+            if not processes.lost(error):
+                raise
+            self.error(LOST)
         except KeyboardInterrupt:
-            self.exit(130, f"\n{self.prog}: interrupted\n")
+            self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
 
 
 def describe(error):
@@ -132,12 +141,17 @@ def add_run_arguments(group, what):
 @contextmanager
 def kept(last, command, batch_size):
     """Say what is left, and how to go on with it, after an error of the system that ends a training."""
+    def stopped(why):
+        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
+        return ValueError(f"{why}; the training has stopped, {left}")
+
     try:
         yield
     except OSError as error:
-        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
-        raise ValueError(f"{describe(error)}; the training has stopped, {left}") from error
+        raise stopped(describe(error)) from error
     except RuntimeError as error:       # torch's way to say that memory is short, and much else
+        if processes.lost(error):
+            raise stopped(LOST) from error
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
@@ -179,7 +193,7 @@ def open_model(args):
     path = args.model or shipped
     with named("--model", path):
         model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
-    if not args.model:
+    if not args.model and processes.leads():
         print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
     return model, contents, path
 
@@ -196,7 +210,8 @@ def load_data(name, folder, shape, num_workers):
     """data.load(), which says whose fault it is, and which files of an image folder it leaves out."""
     with named(f"--dataset {name} --data-folder", folder):
         train_set, test_set = data.load(name, folder, shape, num_workers)
-    if left_out := train_set.left_out:
+    left_out = train_set.left_out
+    if left_out and processes.leads():
         print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
               f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
     return train_set, test_set
@@ -241,17 +256,7 @@ def check_target(path, kind, overwrite, otherwise=""):
             raise ValueError(f"{path} is there already: replace it with --overwrite{otherwise}")
         with named("--overwrite", path):
             checkpoint.check_kind(path, kind)
-    check_writable(path)
-
-
-def check_writable(path):
-    """Raise ValueError if no file could be written to path, whose folders may have to be made. Touches nothing."""
-    # Of a folder such as "." or "/" there are no parents to ask.
-    folder = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
-    if path.is_dir() or not folder.is_dir():
-        raise ValueError(f"{folder} is in the way")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"no permission to write in {folder}")
+    files.check_writable(path)
 
 
 # ---------------------------------------------------------------- types for add_argument

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import checkpoint
 import cli
 import data
+import files
 import quality
 from files import write_whole
 from metrics import at_once, code_maps
@@ -58,7 +59,7 @@ def check_output(path, array, overwrite):
             raise ValueError(f"is there and is no file of {array}: choose another name")
     elif path.exists():
         raise ValueError("is there and is no file: choose another name")
-    cli.check_writable(path)
+    files.check_writable(path)
 
 
 def write(path, arrays):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 import downloads
 import image_folder
+import processes
 
 BUNDLED = Path(__file__).resolve().parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
@@ -53,9 +54,15 @@ class Images(Dataset):
 
 
 def batches(dataset, batch_size, generator=None, num_workers=0, pin_memory=False):
-    """A DataLoader of (uint8 images (B, C, H, W), labels (B,)); shuffled by generator, if there is one."""
+    """A DataLoader of (uint8 images (B, C, H, W), labels (B,)); shuffled by generator, if there is one.
+
+    Of several processes each has then its own part of the one order.
+    """
+    order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
+    if generator is not None and processes.count() > 1:
+        order = processes.Share(order)
     # A generator of its own in any case: without one, each pass draws from torch's.
-    return DataLoader(dataset, batch_size, shuffle=generator is not None, generator=generator or torch.Generator(),
+    return DataLoader(dataset, batch_size, sampler=order, generator=generator or torch.Generator(),
                       num_workers=num_workers, pin_memory=pin_memory, collate_fn=_as_it_is,
                       worker_init_fn=_leave_signals_to_the_script)
 

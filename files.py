@@ -96,3 +96,13 @@ def check_free(folders, overwrite):
             raise NotADirectoryError(f"{existing} is not a folder")
         if not os.access(existing, os.W_OK):
             raise PermissionError(f"no permission to write in {existing}")
+
+
+def check_writable(path):
+    """Raise ValueError if no file could be written to path, whose folders may have to be made. Touches nothing."""
+    # Of a folder such as "." or "/" there are no parents to ask.
+    folder = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
+    if path.is_dir() or not folder.is_dir():
+        raise ValueError(f"{folder} is in the way")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"no permission to write in {folder}")

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import processes
+
 IN_MEMORY = 2**31               # bytes; more are read anew in every epoch
 TEST_SHARE = 0.1                # of the images where there is no test folder
 AT_ONCE = 16                    # files that a worker reads before it hands them over
@@ -128,7 +130,8 @@ def _class(path, root):
 def _try(paths, shape, held, num_workers, loading):
     """→ uint8 images (N, C, H, W) of the files that can be read, or None if they are not to be held; which can (M,)."""
     images, good = [], []
-    with tqdm(total=len(paths), desc="reading images", unit="img", unit_scale=True, leave=False, disable=None) as bar:
+    with tqdm(total=len(paths), desc="reading images", unit="img", unit_scale=True, leave=False,
+              disable=processes.no_bar()) as bar:
         for some, fine in DataLoader(_Tried(paths, torch.zeros(len(paths)), shape, []), AT_ONCE,
                                      num_workers=num_workers, collate_fn=_as_it_is, **loading):
             images += [some[fine]] if held else []

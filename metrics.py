@@ -2,6 +2,7 @@
 
 import torch
 
+import processes
 from data import to_model_range
 from modules import Losses, vqvae_losses
 
@@ -25,11 +26,12 @@ def evaluate(model, batches, device, beta=1.0):
 
     → (losses, counts): Losses of numbers, means over images whatever the sizes of the batches;
     int64 counts (K,), how often each code was chosen in the whole set. No parameter, buffer or
-    random state changes, and the model's mode is restored.
+    random state changes, and the model's mode is restored. Of several processes each brings its own
+    part of the set, and all get the figures of the whole.
     """
     was_training = model.training
     model.eval()
-    sums, images_seen = torch.zeros(len(Losses._fields), dtype=torch.float64), 0
+    sums, images_seen = torch.zeros(len(Losses._fields), dtype=torch.float64), torch.tensor(0)
     counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64)
     for images, _ in batches:
         x = to_model_range(images, device)
@@ -38,6 +40,8 @@ def evaluate(model, batches, device, beta=1.0):
         images_seen += len(x)
         counts += torch.bincount(output.indices.flatten(), minlength=len(counts)).cpu()
     model.train(was_training)
+    for total in (sums, images_seen, counts):
+        processes.all_sum(total)
     return Losses(*(sums / images_seen).tolist()), counts
 
 
@@ -57,11 +61,14 @@ def code_maps(model, batches, device, bar=None):
 
 @torch.no_grad()
 def nats_per_code(prior, maps, labels, device):
-    """−log p(map | label) of code maps (N, h, w), the mean over all their codes, in evaluation mode."""
-    was_training = prior.training
+    """−log p(map | label) of code maps (N, h, w), the mean over all their codes, in evaluation mode.
+
+    Of several processes each takes its part of the maps, and all get the mean.
+    """
+    was_training, own = prior.training, processes.rows()
     prior.eval()
     some = at_once(4 * prior.height, 4 * prior.width)
     total = sum(prior.log_prob(some_maps.to(device), their.to(device)).cpu().double().sum().item()
-                for some_maps, their in zip(maps.split(some), labels.split(some)))
+                for some_maps, their in zip(maps[own].split(some), labels[own].split(some)))
     prior.train(was_training)
-    return -total / maps.numel()
+    return -processes.all_sum(torch.tensor(total, dtype=torch.float64)).item() / maps.numel()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import processes
+
 
 class Block(nn.Module):
     """Causal self-attention and a perceptron, each with a normalised input and a skip: (B, T, E) → (B, T, E)."""
@@ -86,8 +88,9 @@ class CodePrior(nn.Module):
         """
         labels = self._labels(labels, len(indices))
         if self.training:
-            dropped = torch.rand(len(labels), device=labels.device) < self.drop_label
-            labels = labels.masked_fill(dropped, self.num_classes)
+            # Of several processes each draws for the whole batch, so that all generators stay alike.
+            drawn = torch.rand(len(labels) * processes.count(), device=labels.device)[processes.rows()]
+            labels = labels.masked_fill(drawn < self.drop_label, self.num_classes)
         flat = self._flat(indices)                                    # (B, T)
         before = F.pad(self.code_embedding(flat[:, :-1]), (0, 0, 1, 0))                 # (B, T, E), 0 at the start
         x = self.drop(before + self._condition(labels, shifts).unsqueeze(1) + self.positions)

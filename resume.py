@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import checkpoint
 import fast
+import processes
 
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
 ADVICE = "try a lower rate; what was saved is from before"
@@ -74,7 +75,17 @@ class Run:
         """With --compile, function compiled by torch."""
         def say(why):
             tqdm.write(f"--compile: torch could not ({why}); the training goes on without", file=sys.stderr)
+        if self.args.compile and processes.count() > 1:
+            if processes.leads():
+                say("several processes take their steps as they are written")
+            return function
         return fast.compiled(function, say) if self.args.compile else function
+
+    def images_of_all(self, own):
+        """How many images a step has in all processes, if this one has so many. Those that fill up the last batch do
+        not count.
+        """
+        return own if processes.count() == 1 else min(self.args.batch_size, self.images - self.progress.images)
 
     def autocast(self):
         """With --amp the products and convolutions inside are taken in bfloat16."""
@@ -86,26 +97,34 @@ class Run:
     def learn(self, writer, last, signals):
         """Epoch after epoch, until the last one is done or a signal asks to stop; the file `last` holds where."""
         progress, every = self.progress, self.args.save_every
+        if processes.count() > 1:
+            self.compiled = self.eager = processes.replicated(self.model, self.eager)
         if not progress.step:
-            writer.flush()
-            self.save(last)
-        while not self.finished() and not signals.received:
+            self.keep(last, writer)
+        stop = signals.agreed()
+        while not self.finished() and not stop:
             start = time.perf_counter() - progress.seconds
             with tqdm(total=self.images, initial=progress.images, desc=f"epoch {progress.epoch}/{self.args.num_epochs}",
-                      unit="img", unit_scale=True, leave=False, disable=None) as bar:
+                      unit="img", unit_scale=True, leave=False, disable=processes.no_bar()) as bar:
                 for _ in self.take_steps(writer, bar):
                     progress.seconds = time.perf_counter() - start
-                    if signals.received or (every and progress.step % every == 0):
-                        writer.flush()
-                        self.save(last)
-                    if signals.received:
+                    stop = signals.agreed()
+                    if stop or (every and progress.step % every == 0):
+                        self.keep(last, writer)
+                    if stop:
                         break
                 else:
                     bar.close()
                     self.finish_epoch(writer, last.parent, start)
                     progress.next_epoch(self.order)
-                    writer.flush()          # what is in the file is in the logs too
-                    self.save(last)
+                    self.keep(last, writer)
+                    stop = signals.agreed()
+
+    def keep(self, last, writer):
+        """Save the training from the first process."""
+        if processes.leads():
+            writer.flush()                  # what is in the file is in the logs too
+            self.save(last)
 
     def save(self, path):
         """Write all that the training needs to go on from here. An epoch counts when it is over."""
@@ -234,14 +253,19 @@ def restore_random_states(states):
         raise ValueError(f"position {position} of {len(keys)}")
     np.random.set_state((kind, keys, position, has_gauss, cached))
     torch.set_rng_state(states["torch"].cpu())
-    if torch.cuda.is_initialized() and len(states.get("cuda", ())) == torch.cuda.device_count():
+    if torch.cuda.is_initialized() and processes.count() > 1 and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"][0].cpu())           # of the first process's GPU
+    elif torch.cuda.is_initialized() and len(states.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 # ---------------------------------------------------------------- being asked to stop
 
 class Signals:
-    """SIGINT and SIGTERM, kept until the step under way is done: `received` is the first one's number, or None."""
+    """SIGINT and SIGTERM, kept until the step under way is done: `received` is the first one's number, or None.
+
+    Of several processes any may be the one that is asked, and all have to stop after the same step.
+    """
 
     def __enter__(self):
         self.received = None
@@ -251,6 +275,12 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.former.items():
             signal.signal(number, handler)
+
+    def agreed(self):
+        """What any of the processes has received: the same number for all of them, or None."""
+        if number := processes.highest(self.received or 0):
+            self.received = number
+        return number or None
 
     def _receive(self, number, _frame):
         self.received = self.received or number

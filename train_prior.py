@@ -5,8 +5,8 @@ transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Witho
 """
 
 import math
-import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import checkpoint
 import cli
 import data
 import files
+import processes
 import resume
 import tracking
 from metrics import at_once, code_maps, nats_per_code
@@ -49,7 +50,7 @@ def get_parser():
 
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=cli.whole_number(1), default=32, metavar="N",
-                       help=f"code maps per step {shown}")
+                       help=f"code maps per step, of all processes together {shown}")
     group.add_argument("--num-epochs", type=cli.whole_number(1), default=40, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=cli.number(above=0), default=2e-3, metavar="RATE",
@@ -81,16 +82,20 @@ def offsets_up_to(shift):
 
 
 def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
-    """→ training maps (S, N, h, w), one set for each of S offsets, and test maps (N, h, w)."""
-    size = at_once(*train_set.shape[1:])
-    with tqdm(total=len(offsets) * len(train_set) + len(test_set), desc="encoding", unit="img", unit_scale=True,
-              leave=False, disable=None) as bar:
+    """→ training maps (S, N, h, w), one set for each of S offsets, and test maps (N, h, w).
+
+    Of several processes each encodes its part, and all get the whole.
+    """
+    size, own_train, own_test = at_once(*train_set.shape[1:]), processes.part(train_set), processes.part(test_set)
+    with tqdm(total=len(offsets) * len(own_train) + len(own_test), desc="encoding", unit="img", unit_scale=True,
+              leave=False, disable=processes.no_bar()) as bar:
         train = [[] for _ in offsets]
-        for images, labels in data.batches(train_set, size, None, num_workers):       # each image is read once
+        for images, labels in data.batches(own_train, size, None, num_workers):       # each image is read once
             for maps, (dy, dx) in zip(train, offsets):
                 maps.append(code_maps(model, [(shifted(images, dy, dx), labels)], device, bar))
-        test = code_maps(model, data.batches(test_set, size, None, num_workers), device, bar)
-        return torch.stack([torch.cat(maps) for maps in train]), test
+        test = code_maps(model, data.batches(own_test, size, None, num_workers), device, bar)
+        train = torch.stack([processes.whole(torch.cat(maps), len(train_set)) for maps in train])
+        return train, processes.whole(test, len(test_set))
 
 
 # ---------------------------------------------------------------- training
@@ -115,6 +120,9 @@ class Run(resume.Run):
     losses = ("prior",)         # nats per code
 
     def __init__(self, args, vqvae, contents, path, saved=None):
+        processes.use_device(args.device)
+        with cli.named("--batch-size", args.batch_size):
+            processes.split(args.batch_size)
         dataset, self.train_set, self.test_set = cli.open_data(args, contents)
         C, H, W = contents["dataset"]["shape"]
         if self.train_set.shape != [C, H, W]:
@@ -143,7 +151,7 @@ class Run(resume.Run):
         steps = math.ceil(len(self.train_set) / args.batch_size)
         super().__init__(args, about, prior, optimizer, warm_up_then_cosine(optimizer, args.num_epochs * steps),
                          order, steps, len(self.train_set), track=["  ".join(COLUMNS)])
-        self.compiled = self.compiled_if_asked(self.loss_of)
+        self.eager, self.compiled = self.loss_of, self.compiled_if_asked(self.loss_of)
 
     def encode(self):
         self.train_maps, self.test_maps = encode_sets(self.vqvae, self.train_set, self.test_set, self.offsets,
@@ -164,22 +172,30 @@ class Run(resume.Run):
     def take_steps(self, writer, bar):
         """The steps of the epoch that are not done yet, each image in one of its shifts. Yields after each of them."""
         prior, args, progress, labels = self.model.train(), self.args, self.progress, self.train_set.labels
-        N = len(labels)
+        N, share = len(labels), processes.split(args.batch_size)
         shift_of = torch.randint(len(self.train_maps), (N,), generator=self.order)
-        for rows in torch.randperm(N, generator=self.order).split(args.batch_size)[progress.batches:]:
+        order = torch.randperm(N, generator=self.order)
+        if processes.count() > 1:
+            order = order[list(processes.places(N))]
+        for rows in order.split(share)[progress.batches:]:
             batch = self.train_maps[shift_of[rows], rows].to(args.device)             # (B, h, w)
-            loss_of = self.compiled if len(rows) == args.batch_size else self.loss_of
-            loss = loss_of(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
+            loss_of = self.compiled if len(rows) == share else self.eager
+            # Without dropout the withheld digits are all that is drawn, and those of one process with the whole batch.
+            own = processes.count() > 1 and args.dropout
+            with processes.own_draws(args.seed + progress.step * processes.count()) if own else nullcontext():
+                loss = loss_of(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
             self.optimizer.step()
             self.schedule.step()
 
-            progress.add(loss.detach().view(1), len(rows))
-            bar.update(len(rows))
+            images = self.images_of_all(len(rows))
+            progress.add(processes.all_mean(loss.detach().view(1)), images)
+            bar.update(images)
             if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
-                tracking.check_there(writer)
+                if processes.leads():
+                    tracking.check_there(writer)
                 bar.set_postfix({"nats": f"{self.finite_losses().mean().item():.4f}"}, refresh=False)
             yield
 
@@ -188,11 +204,15 @@ class Run(resume.Run):
         args, prior, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
         trained = progress.sums.item() / progress.images
         tested = nats_per_code(prior, self.test_maps, self.test_set.labels, args.device)
+        better = tested < progress.best
+        if better:
+            progress.best, progress.best_epoch = tested, epoch
+        if not processes.leads():
+            return
         bits = tested * self.bits_per_pixel
         tracking.log_prior(writer, epoch, trained, tested, bits,
                            self.vqvae.decode(samples(prior, args.seed, args.device)))
-        if tested < progress.best:
-            progress.best, progress.best_epoch = tested, epoch
+        if better:
             checkpoint.save(folder / "prior.pt", {**self.about, "model": prior.state_dict(), "epoch": epoch,
                                                   "test": {"nats_per_code": tested, "bits_per_pixel": bits}})
         progress.track.append(f"{epoch:5}  {trained:10.4f}  {tested:9.4f}  {bits:14.4f}"
@@ -208,6 +228,27 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
+def check_folders(args, path, target, last, logs):
+    """Raise ValueError if the prior could not be written, or not go on from the file `last`."""
+    with cli.named("--model", path):
+        if args.resume and not last.is_file():
+            raise ValueError(f"there is no {last} to --resume: start anew, with --overwrite if there is a prior")
+        for file in () if args.resume else (target, last):
+            cli.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
+        files.check_writable(target)
+        files.check_writable(logs / "events")
+
+
+def write_beginning(args, run, folder, logs):
+    """Prepare the folders for the steps to come."""
+    files.remove_temporary(folder)
+    if args.resume:
+        tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1, tracking.PRIOR_SUFFIX)
+    else:
+        clear(folder, logs)
+    tracking.write_track(folder / tracking.PRIOR_TRACK, run.progress.track)
+
+
 def clear(folder, logs):
     """Remove what a former training of a prior left."""
     for name in ("prior-last.pt", "prior.pt", tracking.PRIOR_TRACK):
@@ -217,43 +258,37 @@ def clear(folder, logs):
 
 def train(args, parser, argv):
     """Train from the start, or with --resume from where prior-last.pt stands."""
+    processes.use_device(args.device)
     vqvae, contents, path = cli.open_model(args)
     folder, logs = Path(path).parent, logs_of(Path(path))
     target, last, flag = folder / "prior.pt", folder / "prior-last.pt", f"--model {path}"
-    command = shlex.join(["python3", "train_prior.py", "--resume", "--model", path])
-    with cli.named("--model", path):
-        if args.resume and not last.is_file():
-            raise ValueError(f"there is no {last} to --resume: start anew, with --overwrite if there is a prior")
-        for file in () if args.resume else (target, last):
-            cli.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
-        cli.check_writable(target)
-        cli.check_writable(logs / "events")
-    # Everything that can be wrong is found before a file is written.
-    with files.locked(folder, flag), files.locked(logs, flag):
-        if args.resume:
-            with cli.named("--resume", last):
-                _, saved = checkpoint.load_prior(last, path)
-                args = parser.continued(args, argv, saved)
-                run = Run(args, vqvae, contents, path, saved)
-                run.go_on(saved)
-                if run.risen():
-                    raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
-        else:
-            run = Run(args, vqvae, contents, path)
+    command = processes.command("train_prior.py", "--resume", "--model", path)
+    one = processes.by_the_first
+    if processes.leads():
+        check_folders(args, path, target, last, logs)
+    # Everything that can be wrong is found, by all processes, before a file is written.
+    with one(files.locked(folder, flag)), one(files.locked(logs, flag)):
+        with processes.first_goes_ahead():
+            if args.resume:
+                with cli.named("--resume", last):
+                    _, saved = checkpoint.load_prior(last, path)
+                    args = parser.continued(args, argv, saved)
+                    run = Run(args, vqvae, contents, path, saved)
+                    run.go_on(saved)
+                    if run.risen():
+                        raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
+            else:
+                run = Run(args, vqvae, contents, path)
         print(f"Learning the code maps of {path} on {run.about['dataset']}: {run.images:,} images, "
-              f"{len(run.test_set):,} to test"
+              f"{len(run.test_set):,} to test" + processes.told()
               + (f", from step {run.progress.step:,} on." if args.resume else "."))
         run.encode()
-        with cli.named("--model", path):
-            files.remove_temporary(folder)
-            if args.resume:
-                tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1, tracking.PRIOR_SUFFIX)
-            else:
-                clear(folder, logs)
-            tracking.write_track(folder / tracking.PRIOR_TRACK, run.progress.track)
+        if processes.leads():
+            with cli.named("--model", path):
+                write_beginning(args, run, folder, logs)
         print(*run.progress.track, sep="\n", flush=True)
-        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), tracking.opened(
-                logs, tracking.PRIOR_SUFFIX) as writer:
+        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), one(
+                tracking.opened(logs, tracking.PRIOR_SUFFIX)) as writer:
             run.learn(writer, last, signals)
     if not run.finished():
         cli.stop(signals.received, run.progress, last, command)
@@ -273,7 +308,7 @@ def samples(prior, seed, device):
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
-    with parser.bad_input_in_one_line():
+    with parser.bad_input_in_one_line(), processes.joined():
         train(args, parser, argv)
 
 

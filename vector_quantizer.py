@@ -7,6 +7,7 @@ The paper is van den Oord et al. 2017, "Neural Discrete Representation Learning"
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -119,6 +120,48 @@ def kmeans(latents, num_codes, iterations=KMEANS_ITERATIONS):
     return centres
 
 
+# ---------------------------------------------------------------- several processes
+
+def _processes():
+    """The rank of this process and the number of all that train together; 0 of 1 without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _all_sum(tensor):
+    """The sum over all processes, in the tensor's place."""
+    if _processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _kmeans_of_all(flat, places, num_codes):
+    """kmeans() of the latents of all processes: each has flat (B·h·w, D), the same B images of h·w places."""
+    _, count = _processes()
+    if count == 1:
+        return kmeans(flat, num_codes)
+    parts = [torch.empty_like(flat) for _ in range(count)]
+    dist.all_gather(parts, flat.contiguous())
+    # Image i of the whole batch is image i // count of process i % count.
+    whole = torch.stack([part.view(-1, places, part.shape[1]) for part in parts], dim=1)       # (B, count, h·w, D)
+    centres = kmeans(whole.flatten(0, 2), num_codes)
+    dist.broadcast(centres, 0)          # other processors may round in another way
+    return centres
+
+
+def _rows_of_all(flat, places, rows):
+    """Rows (K,) of the latents of all processes, in the order of the whole batch: (K, D)."""
+    rank, count = _processes()
+    if count == 1:
+        return flat[rows]
+    images = rows // places
+    own = (images % count == rank).unsqueeze(1)
+    return _all_sum(torch.where(own, flat[images // count * places + rows % places], 0))
+
+
+# ---------------------------------------------------------------- the codebook
+
 class VectorQuantizer(nn.Module):
     """A codebook of K codes of size D, learned from the latents and kept alive.
 
@@ -127,8 +170,9 @@ class VectorQuantizer(nn.Module):
     codes on the latents of the first training batch, `uniform` draws them from ±1/K.
     restart_after: a code that no latent chose for that many training steps moves onto a random
     latent of the current batch; 0 means never. What the quantizer remembers stands in buffers, so
-    that a state_dict carries it. In evaluation mode nothing changes. Raises ValueError for another
-    codebook_update or codebook_init.
+    that a state_dict carries it. In evaluation mode nothing changes. Where torch.distributed has a
+    group, each process brings as many images of the batch, and the codebook learns from all of them.
+    Raises ValueError for another codebook_update or codebook_init.
     """
 
     def __init__(self, num_codes, dim, codebook_update="gradient", codebook_init="kmeans", restart_after=20):
@@ -163,7 +207,7 @@ class VectorQuantizer(nn.Module):
         flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                 # (N, D), N = B·h·w
         flat = flat.to(self.codebook.dtype)         # under autocast too
         if self.training and not self.known_initialised:
-            self._initialise(flat)
+            self._initialise(flat, h * w)
 
         indices = vq(flat, self.codebook)                             # (N,)
         chosen = F.embedding(indices, self.codebook)                  # (N, D)
@@ -174,7 +218,7 @@ class VectorQuantizer(nn.Module):
         if self.training and self.ema:
             self._move_averages(flat, indices)
         if self.training and self.restart_after:
-            self._restart_unused(flat, indices)
+            self._restart_unused(flat, h * w, indices)
 
         z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)              # (B, D, h, w)
         return Quantized(z_q, indices.view(B, h, w), codebook_loss, commitment_loss)
@@ -191,10 +235,10 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
 
     @torch.no_grad()
-    def _initialise(self, flat):
+    def _initialise(self, flat, places):
         if not self.initialised:
             everyone = torch.ones_like(self.initialised).expand(self.num_codes)
-            self._place(everyone, kmeans(flat, self.num_codes))
+            self._place(everyone, _kmeans_of_all(flat, places, self.num_codes))
             self.initialised.fill_(True)
         self.known_initialised = True
 
@@ -204,21 +248,22 @@ class VectorQuantizer(nn.Module):
         ones = torch.ones_like(flat[:, 0])
         sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
         sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)
-        self.cluster_sizes.lerp_(sizes, 1 - EMA_DECAY)
-        self.cluster_sums.lerp_(sums, 1 - EMA_DECAY)
+        self.cluster_sizes.lerp_(_all_sum(sizes), 1 - EMA_DECAY)
+        self.cluster_sums.lerp_(_all_sum(sums), 1 - EMA_DECAY)
         # Laplace smoothing keeps the size of a code that nothing chooses from reaching zero.
         total = self.cluster_sizes.sum()
         smoothed = (self.cluster_sizes + LAPLACE) / (total + self.num_codes * LAPLACE) * total
         self.codebook.copy_(self.cluster_sums / smoothed.unsqueeze(1))
 
     @torch.no_grad()
-    def _restart_unused(self, flat, indices):
-        self.steps_unused += 1
-        self.steps_unused[indices] = 0
+    def _restart_unused(self, flat, places, indices):
+        used = torch.zeros_like(self.steps_unused)
+        used[indices] = 1
+        self.steps_unused.add_(1).masked_fill_(_all_sum(used) > 0, 0)
         unused = self.steps_unused >= self.restart_after              # (K,)
         # One candidate per code, needed or not: asking how many are would wait for the GPU.
-        candidates = flat[torch.randint(len(flat), (self.num_codes,), device=flat.device)]
-        self._place(unused, candidates)
+        rows = torch.randint(len(flat) * _processes()[1], (self.num_codes,), device=flat.device)
+        self._place(unused, _rows_of_all(flat, places, rows))
         self.restarts += unused.sum()
 
     def _place(self, which, codes):

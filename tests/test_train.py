@@ -176,9 +176,9 @@ def test_restarts_are_counted_in_each_epoch_anew(mnist_folder, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     restart, moved = VectorQuantizer._restart_unused, []
 
-    def watched(quantizer, flat, indices):
+    def watched(quantizer, *given):
         before = quantizer.codebook.detach().clone()
-        restart(quantizer, flat, indices)
+        restart(quantizer, *given)
         moved.append((quantizer.codebook != before).any(dim=1).sum().item())
 
     monkeypatch.setattr(VectorQuantizer, "_restart_unused", watched)

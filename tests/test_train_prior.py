@@ -102,7 +102,7 @@ def test_each_image_is_learned_once_an_epoch_with_its_label_and_the_shift_of_its
     optimizer = torch.optim.SGD([prior.scale], lr=args.lr)
     resume.Run.__init__(run, args, {}, prior, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
                         torch.Generator().manual_seed(0), steps=4, images=20)
-    run.compiled = run.loss_of
+    run.eager = run.compiled = run.loss_of
     # Code map s of image n holds the number 20·s + n everywhere, and n is its label.
     run.train_maps = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
     run.train_set = data.Images(None, torch.arange(20))
