@@ -34,7 +34,7 @@ import torch
 from classifier import DigitClassifier
 from files import write_whole
 from modules import VectorQuantizedVAE
-from prior import CodePrior
+from prior import TAIL_BINS, CodePrior
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
@@ -165,6 +165,8 @@ def load_prior(path, vqvae_path, device="cpu"):
     if contents.get("vqvae") != sha256(vqvae_path):
         raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: learn one for it with "
                          f"python3 train_prior.py --model {vqvae_path}")
+    if isinstance(contents.get("model"), dict):     # the first priors were not calibrated
+        contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
     prior, vqvae = _rebuilt(CodePrior, contents, device), load(vqvae_path)
     K, (_, H, W) = len(vqvae["model"]["quantizer.codebook"]), vqvae["dataset"]["shape"]
     if (prior.num_codes, prior.height, prior.width) != (K, H // 4, W // 4):

@@ -11,6 +11,9 @@ from torch import nn
 
 import processes
 
+TAIL_FROM = 6           # codes of a probability below exp(−TAIL_FROM) are the tail
+TAIL_BINS = 12          # of a width of 1 in their logarithms; the last one has no end
+
 
 class Block(nn.Module):
     """Causal self-attention and a perceptron, each with a normalised input and a skip: (B, T, E) → (B, T, E)."""
@@ -70,6 +73,8 @@ class CodePrior(nn.Module):
         self.blocks = nn.ModuleList(Block(embedding, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(embedding)
         self.head = nn.Linear(embedding, num_codes)
+        # Added to the logits in each bin of the tail, the first number to all the others.
+        self.register_buffer("tail", torch.zeros(1 + TAIL_BINS))
         self.apply(self._init)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -96,7 +101,8 @@ class CodePrior(nn.Module):
         x = self.drop(before + self._condition(labels, shifts).unsqueeze(1) + self.positions)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x)).float()
+        return logits if self.training else self._calibrated(logits)
 
     def log_prob(self, indices, labels=None, shifts=None):
         """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w)."""
@@ -139,7 +145,39 @@ class CodePrior(nn.Module):
         x = x.unsqueeze(1)                                            # (B, 1, E)
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache)
-        return self.head(self.norm(x)).squeeze(1).float()
+        return self._calibrated(self.head(self.norm(x)).squeeze(1).float())
+
+    @torch.no_grad()
+    def calibrate(self, maps, labels, at_once=100):
+        """Learn from maps (N, h, w) and labels (N,) how probable the codes are that the softmax calls improbable.
+
+        A softmax gives its hundreds of improbable codes too much in all: its loss hardly feels it, but
+        one such code spoils a map. Hence the mean probability in each bin of the tail is brought to
+        the share of codes that really lie there (histogram binning, Zadrozny and Elkan 2001). In
+        training mode the logits stay as they are.
+        """
+        was_training = self.training
+        self.eval()
+        self.tail.zero_()
+        expected, observed = torch.zeros(2, len(self.tail), dtype=torch.float64)
+        for some, their in zip(maps.split(at_once), labels.split(at_once)):
+            some = some.to(self.tail.device)
+            logits = self(some, their.to(self.tail.device)).flatten(0, 1)             # (N·T, K)
+            bins, probabilities = self._bins(logits), logits.softmax(dim=1)
+            sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
+            found = bins.gather(1, some.flatten().unsqueeze(1)).flatten()
+            expected += sums.cpu()
+            observed += torch.bincount(found, minlength=len(self.tail)).cpu()
+        self.tail[1:] = ((observed + 0.5) / (expected + 0.5)).log()[1:].to(self.tail)
+        self.train(was_training)
+
+    def _bins(self, logits):
+        """The bin of each code of logits (..., K): 0, or from 1 on in the tail."""
+        depth = -logits.log_softmax(dim=-1) - TAIL_FROM
+        return (depth.floor().long() + 1).clamp(0, TAIL_BINS)
+
+    def _calibrated(self, logits):
+        return logits + self.tail[self._bins(logits)]
 
     def _condition(self, labels, shifts=None):
         return (self.label_embedding(labels)                          # (B, E)

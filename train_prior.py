@@ -27,6 +27,7 @@ from quality import spread_labels
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
+CALIBRATION = 3000              # training maps that calibrate the prior after each epoch
 PATIENCE = 3                    # epochs without a lower test loss, then the training stops
 COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 
@@ -199,10 +200,17 @@ class Run(resume.Run):
                 bar.set_postfix({"nats": f"{self.finite_losses().mean().item():.4f}"}, refresh=False)
             yield
 
+    def calibrate(self):
+        """Calibrate the prior with some of the training maps, from all places of the data set."""
+        labels = self.train_set.labels
+        some = torch.linspace(0, len(labels) - 1, min(CALIBRATION, len(labels))).long()
+        self.model.calibrate(self.train_maps[0, some], labels[some])
+
     def finish_epoch(self, writer, folder, start):
         """Test the prior, log the epoch, and write prior.pt, if it is the best so far, and the track."""
         args, prior, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
         trained = progress.sums.item() / progress.images
+        self.calibrate()
         tested = nats_per_code(prior, self.test_maps, self.test_set.labels, args.device)
         better = tested < progress.best
         if better:
