@@ -5,8 +5,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := VQ-VAE.py checkpoint.py classifier.py cli.py data.py downloads.py fast.py files.py image_folder.py metrics.py \
-	modules.py prior.py processes.py resume.py tracking.py vector_quantizer.py
+CODE := VQ-VAE.py arguments.py checkpoint.py classifier.py cli.py data.py downloads.py fast.py files.py \
+	image_folder.py metrics.py modules.py prior.py processes.py resume.py tracking.py vector_quantizer.py
 
 all: models/$(NAME)/trained
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed

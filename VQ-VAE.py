@@ -14,6 +14,7 @@ import torch
 import torchvision
 from torch.optim import lr_scheduler
 
+import arguments
 import checkpoint
 import cli
 import data
@@ -42,49 +43,49 @@ def get_parser():
     shown = "(default: %(default)s)"
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", type=cli.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
+    group.add_argument("--dataset", type=arguments.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
                        help=f"{', '.join(data.DATASETS)}; MNIST-10k are the 10,000 digits in MNIST/ that need no "
                             f"download, folder is any folder of images {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
-    group.add_argument("--image-size", type=cli.multiple_of_4(checkpoint.LARGEST_SIDE), default=64, metavar="S",
+    group.add_argument("--image-size", type=arguments.multiple_of_4(checkpoint.LARGEST_SIDE), default=64, metavar="S",
                        help=f"with --dataset folder: images become S×S pixels, S is a multiple of 4 {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
-    group.add_argument("--num-workers", type=cli.whole_number(0, 256), default=0, metavar="N",
+    group.add_argument("--num-workers", type=arguments.whole_number(0, 256), default=0, metavar="N",
                        help=f"processes that load batches; 0 is fastest for data held in memory {shown}")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=cli.whole_number(1), default=40, metavar="D",
+    group.add_argument("--hidden-size", type=arguments.whole_number(1), default=40, metavar="D",
                        help=f"size D of a latent vector and of the hidden layers {shown}")
-    group.add_argument("--k", type=cli.whole_number(1), default=512, metavar="K",
+    group.add_argument("--k", type=arguments.whole_number(1), default=512, metavar="K",
                        help=f"number of codes in the codebook {shown}")
-    group.add_argument("--codebook-update", type=cli.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
+    group.add_argument("--codebook-update", type=arguments.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
                        help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
-    group.add_argument("--codebook-init", type=cli.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
+    group.add_argument("--codebook-init", type=arguments.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
-    group.add_argument("--restart-after", type=cli.whole_number(0), default=20, metavar="STEPS",
+    group.add_argument("--restart-after", type=arguments.whole_number(0), default=20, metavar="STEPS",
                        help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=cli.whole_number(1), default=128, metavar="N",
+    group.add_argument("--batch-size", type=arguments.whole_number(1), default=128, metavar="N",
                        help=f"images per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", "--num_epoch", type=cli.whole_number(1), default=10, metavar="N",
+    group.add_argument("--num-epochs", "--num_epoch", type=arguments.whole_number(1), default=10, metavar="N",
                        help=f"passes over the training set {shown}")
-    group.add_argument("--lr", type=cli.number(above=0), default=2e-4, metavar="RATE",
+    group.add_argument("--lr", type=arguments.number(above=0), default=2e-4, metavar="RATE",
                        help=f"learning rate of Adam, the highest one of a schedule {shown}")
-    group.add_argument("--lr-schedule", type=cli.one_of(*SCHEDULES), default="constant", metavar="NAME",
+    group.add_argument("--lr-schedule", type=arguments.one_of(*SCHEDULES), default="constant", metavar="NAME",
                        help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
-    group.add_argument("--beta", type=cli.number(minimum=0), default=1.0, metavar="β",
+    group.add_argument("--beta", type=arguments.number(minimum=0), default=1.0, metavar="β",
                        help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
-    group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+    group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order and restarts {shown}")
-    group.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
-                       help=f"{cli.DEVICES} {shown}")
+    group.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
+                       help=f"{arguments.DEVICES} {shown}")
     cli.add_speed_arguments(group)
 
     group = parser.add_argument_group("output")
-    group.add_argument("--output-folder", type=cli.name_inside("models"), default="vqvae", metavar="NAME",
+    group.add_argument("--output-folder", type=arguments.name_inside("models"), default="vqvae", metavar="NAME",
                        help=f"the run's name: writes models/NAME and logs/NAME {shown}")
     cli.add_run_arguments(group, "a run of that name")
     return parser
@@ -169,7 +170,7 @@ class Run(resume.Run):
     def __init__(self, args, saved=None):
         processes.use_device(args.device)
         with cli.named("--batch-size", args.batch_size):
-            self.share = processes.split(args.batch_size)
+            self.share = processes.split(args.batch_size, fixed=args.resume)
         train_set, self.test_set = cli.load_data(
             args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
         on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
@@ -287,16 +288,15 @@ def train(args, parser, argv):
         check_folders(args, models, logs, last)
     # Everything that can be wrong is found, by all processes, before a file is written.
     with one(files.locked(models, flag)), one(files.locked(logs, flag)):
-        with processes.first_goes_ahead():
-            if args.resume:
-                with cli.named("--resume", last):
-                    _, saved = checkpoint.load_model(last)
-                    args = parser.continued(args, argv, saved)
-                    run = Run(args, saved)
-                    run.go_on(saved)
-            else:
-                run = Run(args)
-        processes.wait()
+        if args.resume:
+            with cli.named("--resume", last):
+                _, saved = checkpoint.load_model(last)
+                args = parser.continued(args, argv, saved)
+                run = Run(args, saved)
+                run.go_on(saved)
+        else:
+            run = Run(args)
+        run.check_alike()
         if processes.leads():
             with cli.named("--output-folder", args.output_folder):
                 write_beginning(args, run, models, logs)

@@ -17,7 +17,7 @@ One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes bel
     kind      "prior"
     config    the arguments of CodePrior
     vqvae     the SHA-256 of the VQ-VAE's file
-    dataset   the data set's name
+    dataset   the data set's name; classes, its classes' names, where they are not the ten digits
     model, epoch, test         as above, and in prior-last.pt step and training
 
 The classifier that judges sampled digits has format, kind ("classifier"), dataset, model and test.
@@ -168,6 +168,9 @@ def load_prior(path, vqvae_path, device="cpu"):
     if isinstance(contents.get("model"), dict):     # the first priors were not calibrated
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
     prior, vqvae = _rebuilt(CodePrior, contents, device), load(vqvae_path)
+    names = contents.get("classes", [str(i) for i in range(prior.num_classes)])
+    if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"it does not name its {prior.num_classes} classes: the file is damaged")
     K, (_, H, W) = len(vqvae["model"]["quantizer.codebook"]), vqvae["dataset"]["shape"]
     if (prior.num_codes, prior.height, prior.width) != (K, H // 4, W // 4):
         raise ValueError(f"its maps of {prior.height}×{prior.width} of {prior.num_codes} codes are not those of "

@@ -3,27 +3,25 @@ one line with exit status 2.
 """
 
 import argparse
-import math
+import multiprocessing
 import os
-import re
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
+import arguments
 import checkpoint
 import data
 import files
 import processes
 
-DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
 # When a run goes on, these may be given anew: they do not change what it learns in a step.
-LOST = "another process of this run has died, or does not answer"
-MAY_CHANGE = ("num_epochs", "device", "num_workers", "save_every", "compile")
+MAY_CHANGE = ("num_epochs", "device", "data_folder", "num_workers", "save_every", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,7 +67,8 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"the run's {flag} is no number and no name: the file is damaged")
             try:
                 value = settings[name] if action.nargs == 0 else (action.type or str)(str(settings[name]))
-            except argparse.ArgumentTypeError as error:
+                self._check_value(action, value)        # argparse's own, of choices
+            except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
                 raise ValueError(f"the run's {flag}: {error}") from error
             if given[name] not in (nothing, value):
                 free = ", ".join(flag_of(name) for name in MAY_CHANGE if hasattr(args, name))
@@ -88,16 +87,30 @@ class Parser(argparse.ArgumentParser):
         except RuntimeError as error:
             if not processes.lost(error):
                 raise
-            self.error(LOST)
+            self.error(processes.why_lost(error))
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
+        finally:
+            end_workers()
+
+
+def end_workers():
+    """End the processes that load batches, if an error has left some: they ignore the signal that asks them to."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would complain
+    for child in children:
+        child.kill()
 
 
 def describe(error):
     """An error's message, without Python's numbers and quotes where the system raised it."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    text = str(error)
+    if " in DataLoader worker process " in text:        # what the worker raised stands at the end of its traceback
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
 
 
 @contextmanager
@@ -127,7 +140,7 @@ def add_speed_arguments(group):
 
 def add_run_arguments(group, what):
     """The flags of every script whose training can go on. `what` says what --overwrite replaces."""
-    group.add_argument("--save-every", type=whole_number(0), default=0, metavar="STEPS",
+    group.add_argument("--save-every", type=arguments.whole_number(0), default=0, metavar="STEPS",
                        help="also save the training after so many steps; 0 means at the end of epochs alone "
                             "(default: %(default)s)")
     either = group.add_mutually_exclusive_group()
@@ -151,7 +164,7 @@ def kept(last, command, batch_size):
         raise stopped(describe(error)) from error
     except RuntimeError as error:       # torch's way to say that memory is short, and much else
         if processes.lost(error):
-            raise stopped(LOST) from error
+            raise stopped(processes.why_lost(error)) from error
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
@@ -169,21 +182,21 @@ def stop(number, progress, last, command):
 def add_model_arguments(parser):
     """The flags of every script that takes a trained model."""
     shown = "(default: %(default)s)"
-    parser.add_argument("--model", type=file_name, metavar="PATH",
+    parser.add_argument("--model", type=arguments.file_name, metavar="PATH",
                         help="checkpoint of VQ-VAE.py, or a state_dict of the published network "
                              "(default: the shipped model, pretrained/vqvae.pt)")
-    parser.add_argument("--device", type=device, default="cpu", metavar="NAME",
-                        help=f"{DEVICES} {shown}")
-    parser.add_argument("--dataset", type=one_of(*data.DATASETS), metavar="NAME",
+    parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
+                        help=f"{arguments.DEVICES} {shown}")
+    parser.add_argument("--dataset", type=arguments.one_of(*data.DATASETS), metavar="NAME",
                         help=f"{', '.join(data.DATASETS)} (default: the one that the model was trained on)")
     parser.add_argument("--data-folder", metavar="PATH",
                         help="where the data set is, or is downloaded to once "
                              "(default: that of the model's own image folder, MNIST for the others)")
-    parser.add_argument("--num-workers", type=whole_number(0, 256), default=0, metavar="N",
+    parser.add_argument("--num-workers", type=arguments.whole_number(0, 256), default=0, metavar="N",
                         help=f"processes that read an image folder {shown}")
-    parser.add_argument("--hidden-size", type=whole_number(1), metavar="D",
+    parser.add_argument("--hidden-size", type=arguments.whole_number(1), metavar="D",
                         help="size of a latent vector (default: read from the model's file)")
-    parser.add_argument("--k", type=whole_number(1), metavar="K",
+    parser.add_argument("--k", type=arguments.whole_number(1), metavar="K",
                         help="number of codes (default: read from the model's file)")
 
 
@@ -208,7 +221,8 @@ def open_data(args, contents):
 
 def load_data(name, folder, shape, num_workers):
     """data.load(), which says whose fault it is, and which files of an image folder it leaves out."""
-    with named(f"--dataset {name} --data-folder", folder):
+    ahead = nullcontext() if name == data.FOLDER else processes.first_goes_ahead()
+    with named(f"--dataset {name} --data-folder", folder), ahead:
         train_set, test_set = data.load(name, folder, shape, num_workers)
     left_out = train_set.left_out
     if left_out and processes.leads():
@@ -220,13 +234,13 @@ def load_data(name, folder, shape, num_workers):
 def add_sampling_arguments(parser, without):
     """The flags of every script that draws from a prior. `without` says what happens without --prior."""
     shown = "(default: %(default)s)"
-    parser.add_argument("--prior", type=file_name, metavar="PATH",
+    parser.add_argument("--prior", type=arguments.file_name, metavar="PATH",
                         help=f"checkpoint of train_prior.py (default: {without})")
-    parser.add_argument("--temperature", type=number(minimum=0.01, below=100), default=1.0, metavar="T",
+    parser.add_argument("--temperature", type=arguments.number(minimum=0.01, below=100), default=1.0, metavar="T",
                         help=f"below 1 the probable codes become more probable {shown}")
-    parser.add_argument("--top-k", type=whole_number(1), metavar="N",
+    parser.add_argument("--top-k", type=arguments.whole_number(1), metavar="N",
                         help="draw from the N most probable codes alone (default: from all)")
-    parser.add_argument("--guidance", type=number(minimum=0, below=100), default=1.0, metavar="G",
+    parser.add_argument("--guidance", type=arguments.number(minimum=0, below=100), default=1.0, metavar="G",
                         help=f"above 1 the digit weighs more, 0 forgets it, 1 is the plain prior {shown}")
 
 
@@ -239,10 +253,11 @@ def sampling(args):
 
 
 def open_prior(args, model_path):
-    """The prior that the arguments name, else the one beside the model at model_path. → prior, its path."""
+    """The prior that the arguments name, else the one beside the model at model_path. → prior, classes, its path."""
     path = args.prior or str(Path(model_path).with_name("prior.pt"))
     with named("--prior", path):
-        return checkpoint.load_prior(path, model_path, args.device)[0], path
+        prior, contents = checkpoint.load_prior(path, model_path, args.device)
+        return prior, contents.get("classes", list(data.DIGITS)), path
 
 
 def check_target(path, kind, overwrite, otherwise=""):
@@ -257,94 +272,3 @@ def check_target(path, kind, overwrite, otherwise=""):
         with named("--overwrite", path):
             checkpoint.check_kind(path, kind)
     files.check_writable(path)
-
-
-# ---------------------------------------------------------------- types for add_argument
-
-def whole_number(minimum, maximum=2**63 - 1):
-    """A type for whole numbers from minimum on, up to maximum."""
-    def convert(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not minimum <= value <= maximum:
-            bound = f"from {minimum} on" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
-        return value
-    return convert
-
-
-def number(above=None, minimum=None, below=math.inf):
-    """A type for finite numbers, above one bound or from one bound on, and below a third."""
-    def convert(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or (above is not None and value <= above) \
-                or (minimum is not None and value < minimum) or value >= below:
-            bound = f"above {above}" if above is not None else f"from {minimum} on"
-            bound += f" and below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
-        return value
-    return convert
-
-
-def multiple_of_4(maximum):
-    """A type for the sides of images."""
-    def convert(text):
-        value = whole_number(4, maximum)(text)
-        if value % 4:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 4")
-        return value
-    return convert
-
-
-def one_of(*names):
-    """A type for one of some names, in capitals or not."""
-    def convert(text):
-        for name in names:
-            if text.lower() == name.lower():
-                return name
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
-    return convert
-
-
-def name_inside(folder):
-    """A type for a name, or a relative path, that stays inside a folder."""
-    def convert(text):
-        path = Path(text)
-        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
-                                             "give one without a leading / and without ..")
-        return str(path)
-    return convert
-
-
-def file_name(text):
-    """A type for paths of files: anything but nothing."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not the path of a file")
-    return text
-
-
-def device(text):
-    """A type for devices that this machine has: cpu, cuda, cuda:1, …, mps, and auto for the best of them."""
-    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
-    if text == "auto":
-        # What was chosen is what a run remembers: on another machine it does not go on elsewhere unasked.
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if text == "mps" and not torch.backends.mps.is_available():
-        raise argparse.ArgumentTypeError("'mps' finds no Apple GPU: use --device cpu; a Mac with Apple silicon and "
-                                         "a build of torch for it are needed")
-    if text.startswith("cuda") and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
-            "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
-    if match[1] and int(match[1]) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine has cuda:0 "
-                                         f"to cuda:{torch.cuda.device_count() - 1}")
-    return text

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import arguments
 import checkpoint
 import cli
 import data
@@ -29,11 +30,11 @@ def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
     cli.add_model_arguments(parser)
-    parser.add_argument("--part", type=cli.one_of("train", "test"), default="train", metavar="WHICH",
+    parser.add_argument("--part", type=arguments.one_of("train", "test"), default="train", metavar="WHICH",
                         help=f"train or test: which images of the data set to encode {shown}")
-    parser.add_argument("--decode", type=cli.file_name, metavar="FILE",
+    parser.add_argument("--decode", type=arguments.file_name, metavar="FILE",
                         help="decode this file of codes (default: encode the data set)")
-    parser.add_argument("--output", type=cli.file_name, required=True, metavar="FILE",
+    parser.add_argument("--output", type=arguments.file_name, required=True, metavar="FILE",
                         help="the file to write, in NumPy's .npz format; folders are made (required)")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace such a file at --output (default: leave it untouched and stop)")
@@ -52,7 +53,7 @@ def check_output(path, array, overwrite):
             raise ValueError("is there already: replace it with --overwrite")
         try:
             with zipfile.ZipFile(path) as archive:
-                known = f"{array}.npy" in archive.namelist()
+                known = {f"{array}.npy", "model_sha256.npy"} <= set(archive.namelist())
         except zipfile.BadZipFile:
             known = False
         if not known:
@@ -126,7 +127,8 @@ def run(args):
     if args.decode:
         with cli.named("--decode", args.decode):
             arrays = read_codes(args.decode, model, sha256)
-        arrays = {"images": decode(model, arrays["indices"], args.device), "labels": arrays["labels"]}
+        arrays = {"images": decode(model, arrays["indices"], args.device), "labels": arrays["labels"],
+                  "model_sha256": sha256}
         said = f"{len(arrays['images']):,} images"
     else:
         name, *parts = cli.open_data(args, contents)

@@ -3,6 +3,7 @@
 Letters: N images, B of them in a batch, C channels, H×W pixels.
 """
 
+import os
 import signal
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ BUNDLED = Path(__file__).resolve().parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
 FOLDER = "folder"               # the data set that is any folder of images
+DIGITS = downloads.DIGITS
 DATASETS = "MNIST-10k", *downloads.SOURCES, FOLDER
 # Of digits as MNIST's, which a classifier of digits can learn from.
 DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
@@ -30,7 +32,7 @@ class Images(Dataset):
 
     left_out = ()               # paths of files that are no images, where it was made from a folder
 
-    def __init__(self, images, labels, classes=downloads.DIGITS):
+    def __init__(self, images, labels, classes=DIGITS):
         self.images, self.labels, self.classes = images, labels, list(classes)
 
     def __len__(self):
@@ -110,9 +112,11 @@ def load(name, folder, shape=None, num_workers=0):
 def describe(name, folder, dataset):
     """What a checkpoint says of the data set, as plain values: what is not said is that of MNIST."""
     said = {"name": name, "shape": dataset.shape}
-    if dataset.classes != list(downloads.DIGITS):
+    if dataset.classes != list(DIGITS):
         said["classes"] = dataset.classes
-    return {**said, "folder": folder} if name == FOLDER else said
+    if name == FOLDER:
+        said |= {"folder": os.path.abspath(folder), "images": len(dataset)}
+    return said
 
 
 def are_digits(described):

@@ -6,7 +6,7 @@ Letters: N images, C channels, H×W pixels.
 import http.client
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -117,6 +117,8 @@ def _made(name, source, folder):
     raw = folder / source.folder
     missing = [path for path in (raw, *raw.parents) if not path.exists()]
     try:
+        with suppress(RuntimeError):        # they may be there, where nobody may write
+            return [source.kind(folder, **options) for options in source.options]
         raw.mkdir(parents=True, exist_ok=True)
         if not os.access(raw, os.W_OK):
             raise PermissionError(None, "no permission to write", str(raw))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import arguments
 import checkpoint
 import cli
 import data
@@ -29,9 +30,9 @@ def get_parser():
                         help="also write the figures to this file, as JSON (default: none)")
     group = parser.add_argument_group("the prior, and digits drawn from it")
     cli.add_sampling_arguments(group, without="none is measured")
-    group.add_argument("--classifier", type=cli.file_name, metavar="PATH",
+    group.add_argument("--classifier", type=arguments.file_name, metavar="PATH",
                        help="checkpoint of train_classifier.py (default: the shipped one, pretrained/classifier.pt)")
-    group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+    group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                        help="seed of the digits drawn (default: %(default)s)")
     return parser
 
@@ -171,13 +172,13 @@ def measure(args):
                                    *([args.prior] if args.prior else [])))
     model, contents, path = cli.open_model(args)
     if args.prior:
-        prior, prior_path = cli.open_prior(args, path)
+        prior, classes, prior_path = cli.open_prior(args, path)
     dataset, train_set, test_set = cli.open_data(args, contents)
     if args.prior:
         classifier = open_classifier(args, data.are_digits(data.describe(dataset, "", test_set)))
-        if prior.num_classes != len(test_set.classes):
-            raise ValueError(f"--dataset {dataset}: it has {len(test_set.classes)} classes, and the prior in "
-                             f"{prior_path} knows {prior.num_classes}")
+        if (classes, [4 * prior.height, 4 * prior.width]) != (test_set.classes, test_set.shape[1:]):
+            raise ValueError(f"--dataset {dataset}: the prior in {prior_path} has been learned from other images: its "
+                             f"classes are {', '.join(classes[:50])}, of {4 * prior.height}×{4 * prior.width} pixels")
     with cli.named(f"--model {path} --dataset", dataset):
         measured = figures(model, test_set, args)
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}", flush=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
+import arguments
 import cli
 import data
-import downloads
 import image_folder
 import quality
 from files import write_whole
@@ -32,9 +32,9 @@ def get_parser():
     parser.add_argument("--input", type=what_to_draw, default="test", metavar="WHAT",
                         help="test for test images (MNIST says the same), random for noise, prior for new images, "
                              f"or the path of an image or of a folder of images {shown}")
-    parser.add_argument("--filename", type=cli.name_inside(FOLDER), metavar="NAME",
+    parser.add_argument("--filename", type=arguments.name_inside(FOLDER), metavar="NAME",
                         help=f"writes {FOLDER}/NAME.png (default: the input's or the data set's name)")
-    parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+    parser.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
     parser.add_argument("--originals", action="store_true",
                         help="with --input MNIST: a row of ten originals above each row of their reconstructions "
@@ -49,9 +49,9 @@ def get_parser():
 def what_to_draw(text):
     """A type for --input: one of INPUTS, or else a path."""
     try:
-        return cli.one_of(*INPUTS)(text)
+        return arguments.one_of(*INPUTS)(text)
     except argparse.ArgumentTypeError:
-        return Path(cli.file_name(text))
+        return Path(arguments.file_name(text))
 
 
 def test_images(args, contents, path, generator):
@@ -67,8 +67,6 @@ def own_images(path, shape, generator):
     """The image at a path, or up to 100 of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
     C, H, W = shape
     with cli.named("--input", path):
-        if not path.exists():
-            raise ValueError(f"is none of {', '.join(INPUTS)}, and there is no such file or folder")
         if not path.is_dir():
             return image_folder.read(path, H, W, C).unsqueeze(0)
         paths, images = image_folder.files_in(path), []
@@ -92,13 +90,12 @@ def interleaved(originals, reconstructions):
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
-def draw(model, contents, path, generator, args):
+def draw(model, path, generator, args):
     """100 new images from the prior: as many of each class, or all of them args.label. (100, C, H, W) in [-1, 1]."""
-    prior, _ = cli.open_prior(args, path)
-    classes = contents["dataset"].get("classes", list(downloads.DIGITS))
+    prior, classes, _ = cli.open_prior(args, path)
     labels = quality.spread_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
-        labels = torch.full((ROWS**2,), class_number(args.label, classes[:prior.num_classes]))
+        labels = torch.full((ROWS**2,), class_number(args.label, classes))
     return model.decode(prior.sample(labels.to(args.device), **cli.sampling(args), generator=generator))
 
 
@@ -106,7 +103,7 @@ def class_number(text, classes):
     """The class that a name or a number stands for. Raises ValueError if there is none."""
     if text in classes:
         return classes.index(text)
-    if text.isdecimal() and int(text) < len(classes):
+    if text.isdecimal() and int(text) < len(classes) and not any(name.isdecimal() for name in classes):
         return int(text)
     known = ", ".join(classes[:100])
     raise ValueError(f"--label {text}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
@@ -118,13 +115,14 @@ def generate(args):
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     shape, name = contents["dataset"]["shape"], args.input
     if args.input == "prior":
-        images = draw(model, contents, path, generator, args)
+        images = draw(model, path, generator, args)
     elif args.input == "random":
         _, H, W = shape
         images = model.decode(quality.noise_maps(model, ROWS**2, H // 4, W // 4, generator, args.device))
     else:
         if isinstance(args.input, Path):
-            images, name = own_images(args.input, shape, generator), args.input.resolve().stem
+            images, name = own_images(args.input, shape, generator), args.input.resolve()
+            name = (name.name if name.is_dir() else name.stem) or "images"
         else:
             images, name = test_images(args, contents, path, generator)
         images = data.to_model_range(images, args.device)
@@ -134,6 +132,8 @@ def generate(args):
     name = args.filename or name
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
+        if isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{path} would stand in --input {args.input}, among what is to be read: choose another")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         columns = len(images) // 2 if args.originals else ROWS
@@ -149,6 +149,8 @@ def main(argv=None):
         parser.check_unused(args, (*cli.SAMPLING, "label"), "is used with --input prior alone, add it")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
+    if isinstance(args.input, Path) and not args.input.exists():
+        parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder")
     with parser.bad_input_in_one_line():
         generate(args)
 

@@ -4,8 +4,10 @@ Started in any other way a script is the only process of its training, and then 
 of a batch is image i // N of process i % N, so that the batches of N processes, put together, are those of one.
 """
 
+import hashlib
 import os
 import shlex
+import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
@@ -59,15 +61,19 @@ def joined():
     store, number, total = _rendezvous()
     # Numbers that decide what comes next travel by gloo: a GPU need not be waited for.
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=number, world_size=total,
-                            timeout=TIMEOUT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=number,
+                                world_size=total, timeout=TIMEOUT)
+    except RuntimeError as error:
+        raise ValueError(f"the processes cannot reach each other: {str(error).splitlines()[0]}") from error
     with open(os.devnull, "w") as nowhere, nullcontext() if leads() else redirect_stdout(nowhere):
         yield
     dist.destroy_process_group()
 
 
 def _started():
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes torchrun has started. Others set WORLD_SIZE as well, and start scripts that stay alone."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 @cache
@@ -97,11 +103,25 @@ def wait():
 @contextmanager
 def first_goes_ahead():
     """What is inside the first process does before the others, which find what it has downloaded."""
-    if not leads():
-        wait()
+    if count() == 1:
+        yield
+        return
+    store = _rendezvous()[0]
+    while not leads() and not store.check(["went ahead"]):          # a download may take longer than TIMEOUT
+        if store.add("told", 0):        # why the first one ends
+            raise SystemExit(2)
+        time.sleep(0.1)
     yield
     if leads():
-        wait()
+        store.set("went ahead", "")
+
+
+def check_alike(*values):
+    """Raise ValueError if the processes do not all bring the same values."""
+    number = int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
+    if highest(number) != -highest(-number):
+        raise ValueError("the processes have different arguments or data: start all of them alike, "
+                         "on folders that they share")
 
 
 def by_the_first(context):
@@ -137,10 +157,17 @@ def lost(error):
     return _started() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
+def why_lost(error):
+    """The same in words, with torch's own first ones."""
+    return f"another process of this run has died, or does not answer ({str(error).strip().splitlines()[0]})"
+
+
 # ---------------------------------------------------------------- shares of a batch, an epoch and a set
 
-def split(batch_size):
+def split(batch_size, fixed=False):
     """How many images of a batch each process takes. Raises ValueError if they cannot all take as many."""
+    if batch_size % count() and fixed:
+        raise ValueError(f"cannot be shared evenly by {count()} processes: start another number of them")
     if batch_size % count():
         fewer = batch_size // count() * count()
         either = " or ".join(str(size) for size in (fewer, fewer + count()) if size)

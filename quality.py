@@ -68,6 +68,8 @@ def frechet_distance(one, other):
     features. The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are
     real and not negative but for rounding. Raises ValueError if a feature is no finite number.
     """
+    if min(len(one), len(other)) < 2:
+        raise ValueError("a single image has no distribution: the Fréchet distance takes two and more")
     if not (one.isfinite().all() and other.isfinite().all()):
         raise ValueError("some of the classifier's features are no finite numbers: it or the model is damaged")
     one, other = one.double(), other.double()

@@ -19,6 +19,7 @@ import processes
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
 ADVICE = "try a lower rate; what was saved is from before"
 MOST_STEPS = 10**7      # that a run can go on after: the schedule takes them again
+HERE = "data_folder", "num_workers", "device"        # arguments that may be another machine's own
 
 
 @dataclass(kw_only=True)
@@ -90,6 +91,11 @@ class Run:
     def autocast(self):
         """With --amp the products and convolutions inside are taken in bfloat16."""
         return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
+
+    def check_alike(self):
+        """Raise ValueError if the processes of a training do not all bring the same settings, data and state."""
+        settings = {name: value for name, value in vars(self.args).items() if name not in HERE}
+        processes.check_alike(settings, self.about, self.images, self.test_set.labels.tolist(), self.progress.step)
 
     def finished(self):
         return self.progress.epoch > self.args.num_epochs
@@ -197,7 +203,11 @@ def check_about(about, saved):
     This comes before the model is made: what a damaged file asks for must not be built.
     """
     for name, value in about.items():
-        if saved.get(name) != value:
+        found = saved.get(name)
+        if name == "dataset" and isinstance(value, dict) and isinstance(found, dict) and "folder" in value:
+            if {**found, "folder": None} != {**value, "folder": None}:      # it may have been moved
+                raise ValueError(f"the images in {value['folder']} are not those that the run began with")
+        elif found != value:
             raise ValueError(f"its {name} is not the one that its settings say: the file is damaged")
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+import arguments
 import cli
 from modules import ResidualBlock, VectorQuantizedVAE, vqvae_losses
 from vector_quantizer import VectorQuantizer, vq, vq_st
@@ -303,8 +304,8 @@ def test_reconstruction_does_not_depend_on_the_batch(device="cpu"):
 
 def main(argv=None):
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--device", type=cli.device, default="cpu",
-                        help=f"{cli.DEVICES} (default: %(default)s)")
+    parser.add_argument("--device", type=arguments.device, default="cpu",
+                        help=f"{arguments.DEVICES} (default: %(default)s)")
     device = parser.parse_args(argv).device
     failed = 0
     checks = [check for name, check in globals().items() if name.startswith("test_")]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import arguments
 import checkpoint
 import cli
 import data
@@ -25,22 +26,22 @@ WEIGHT_DECAY = 0.05
 def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
-    parser.add_argument("--dataset", type=cli.one_of(*data.DIGIT_SETS), default="MNIST", metavar="NAME",
+    parser.add_argument("--dataset", type=arguments.one_of(*data.DIGIT_SETS), default="MNIST", metavar="NAME",
                         help=f"{', '.join(data.DIGIT_SETS)} {shown}")
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
                         help=f"where the data set is, or is downloaded to once {shown}")
-    parser.add_argument("--output", type=cli.name_inside("models"), default="classifier", metavar="NAME",
+    parser.add_argument("--output", type=arguments.name_inside("models"), default="classifier", metavar="NAME",
                         help=f"writes models/NAME.pt {shown}")
-    parser.add_argument("--num-epochs", type=cli.whole_number(1), default=10, metavar="N",
+    parser.add_argument("--num-epochs", type=arguments.whole_number(1), default=10, metavar="N",
                         help=f"passes over the training set {shown}")
-    parser.add_argument("--batch-size", type=cli.whole_number(2), default=128, metavar="N",
+    parser.add_argument("--batch-size", type=arguments.whole_number(2), default=128, metavar="N",
                         help=f"images per step {shown}")
-    parser.add_argument("--lr", type=cli.number(above=0), default=3e-3, metavar="RATE",
+    parser.add_argument("--lr", type=arguments.number(above=0), default=3e-3, metavar="RATE",
                         help=f"highest learning rate of AdamW, on a one-cycle schedule {shown}")
-    parser.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+    parser.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                         help=f"seed of weights, data order and augmentation {shown}")
-    parser.add_argument("--device", type=cli.device, default="cpu", metavar="NAME",
-                        help=f"{cli.DEVICES} {shown}")
+    parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
+                        help=f"{arguments.DEVICES} {shown}")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace a classifier of that name (default: leave it untouched and stop)")
     return parser

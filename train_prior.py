@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+import arguments
 import checkpoint
 import cli
 import data
@@ -38,27 +39,27 @@ def get_parser():
     cli.add_model_arguments(parser)
 
     group = parser.add_argument_group("prior")
-    group.add_argument("--layers", type=cli.whole_number(1), default=4, metavar="N",
+    group.add_argument("--layers", type=arguments.whole_number(1), default=4, metavar="N",
                        help=f"blocks of the transformer {shown}")
-    group.add_argument("--width", type=cli.whole_number(1), default=192, metavar="E",
+    group.add_argument("--width", type=arguments.whole_number(1), default=192, metavar="E",
                        help=f"size of its hidden vectors {shown}")
-    group.add_argument("--heads", type=cli.whole_number(1), default=6, metavar="N",
+    group.add_argument("--heads", type=arguments.whole_number(1), default=6, metavar="N",
                        help=f"attention heads, a divisor of the width {shown}")
-    group.add_argument("--dropout", type=cli.number(minimum=0, below=1), default=0.0, metavar="P",
+    group.add_argument("--dropout", type=arguments.number(minimum=0, below=1), default=0.0, metavar="P",
                        help=f"share of activations dropped in training, against overfitting {shown}")
-    group.add_argument("--drop-label", type=cli.number(minimum=0, below=1), default=0.1, metavar="P",
+    group.add_argument("--drop-label", type=arguments.number(minimum=0, below=1), default=0.1, metavar="P",
                        help=f"share of maps learned without their class {shown}")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=cli.whole_number(1), default=32, metavar="N",
+    group.add_argument("--batch-size", type=arguments.whole_number(1), default=32, metavar="N",
                        help=f"code maps per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", type=cli.whole_number(1), default=40, metavar="N",
+    group.add_argument("--num-epochs", type=arguments.whole_number(1), default=40, metavar="N",
                        help=f"passes over the training set {shown}")
-    group.add_argument("--lr", type=cli.number(above=0), default=2e-3, metavar="RATE",
+    group.add_argument("--lr", type=arguments.number(above=0), default=2e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
-    group.add_argument("--shift", type=cli.whole_number(0, 4), default=1, metavar="PIXELS",
+    group.add_argument("--shift", type=arguments.whole_number(0, 4), default=1, metavar="PIXELS",
                        help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")
-    group.add_argument("--seed", type=cli.whole_number(0), default=0, metavar="N",
+    group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
     cli.add_speed_arguments(group)
     cli.add_run_arguments(group, "a prior that stands beside the model")
@@ -123,7 +124,7 @@ class Run(resume.Run):
     def __init__(self, args, vqvae, contents, path, saved=None):
         processes.use_device(args.device)
         with cli.named("--batch-size", args.batch_size):
-            processes.split(args.batch_size)
+            processes.split(args.batch_size, fixed=args.resume)
         dataset, self.train_set, self.test_set = cli.open_data(args, contents)
         C, H, W = contents["dataset"]["shape"]
         if self.train_set.shape != [C, H, W]:
@@ -139,6 +140,8 @@ class Run(resume.Run):
                   "num_shifts": len(self.offsets)}
         about = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
                  "vqvae": checkpoint.sha256(path), "dataset": dataset}
+        if self.train_set.classes != list(data.DIGITS):
+            about["classes"] = self.train_set.classes
         if saved:
             resume.check_about(about, saved)
         try:
@@ -200,18 +203,29 @@ class Run(resume.Run):
                 bar.set_postfix({"nats": f"{self.finite_losses().mean().item():.4f}"}, refresh=False)
             yield
 
-    def calibrate(self):
-        """Calibrate the prior with some of the training maps, from all places of the data set."""
-        labels = self.train_set.labels
+    def tested(self):
+        """Nats per code on the test set, of the prior calibrated with some of the training maps where that helps.
+
+        It does not where the training maps are known too well.
+        """
+        def nats():
+            return nats_per_code(prior, self.test_maps, self.test_set.labels, self.args.device)
+
+        prior, labels = self.model, self.train_set.labels
+        prior.tail.zero_()
+        plain = nats()
         some = torch.linspace(0, len(labels) - 1, min(CALIBRATION, len(labels))).long()
-        self.model.calibrate(self.train_maps[0, some], labels[some])
+        prior.calibrate(self.train_maps[0, some], labels[some], max(1, at_once(4 * prior.height, 4 * prior.width) // 5))
+        calibrated = nats()
+        if calibrated >= plain:
+            prior.tail.zero_()
+        return min(plain, calibrated)
 
     def finish_epoch(self, writer, folder, start):
         """Test the prior, log the epoch, and write prior.pt, if it is the best so far, and the track."""
         args, prior, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
         trained = progress.sums.item() / progress.images
-        self.calibrate()
-        tested = nats_per_code(prior, self.test_maps, self.test_set.labels, args.device)
+        tested = self.tested()
         better = tested < progress.best
         if better:
             progress.best, progress.best_epoch = tested, epoch
@@ -276,17 +290,17 @@ def train(args, parser, argv):
         check_folders(args, path, target, last, logs)
     # Everything that can be wrong is found, by all processes, before a file is written.
     with one(files.locked(folder, flag)), one(files.locked(logs, flag)):
-        with processes.first_goes_ahead():
-            if args.resume:
-                with cli.named("--resume", last):
-                    _, saved = checkpoint.load_prior(last, path)
-                    args = parser.continued(args, argv, saved)
-                    run = Run(args, vqvae, contents, path, saved)
-                    run.go_on(saved)
-                    if run.risen():
-                        raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
-            else:
-                run = Run(args, vqvae, contents, path)
+        if args.resume:
+            with cli.named("--resume", last):
+                _, saved = checkpoint.load_prior(last, path)
+                args = parser.continued(args, argv, saved)
+                run = Run(args, vqvae, contents, path, saved)
+                run.go_on(saved)
+                if run.risen():
+                    raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
+        else:
+            run = Run(args, vqvae, contents, path)
+        run.check_alike()
         print(f"Learning the code maps of {path} on {run.about['dataset']}: {run.images:,} images, "
               f"{len(run.test_set):,} to test" + processes.told()
               + (f", from step {run.progress.step:,} on." if args.resume else "."))

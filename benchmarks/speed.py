@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import arguments  # noqa: E402
 import checkpoint  # noqa: E402
 import cli  # noqa: E402
 import data  # noqa: E402
@@ -50,9 +51,9 @@ GIVE_UP = 40                    # times what the recommended recipe took: the pu
 def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
-    parser.add_argument("parts", nargs="*", type=cli.one_of(*PARTS), metavar="PART",
+    parser.add_argument("parts", nargs="*", type=arguments.one_of(*PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default: all of them)")
-    parser.add_argument("--rounds", type=cli.whole_number(1), default=5, metavar="N",
+    parser.add_argument("--rounds", type=arguments.whole_number(1), default=5, metavar="N",
                         help=f"measurements of each, of which the median is shown {shown}")
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
                         help=f"where the complete MNIST is, for quality; the other parts need none {shown}")

@@ -100,7 +100,8 @@ def test_codes_take_the_smallest_type_that_holds_them(num_codes, kind):
 def test_a_file_is_replaced_with_overwrite_alone_and_none_of_another_kind(folder, capsys):
     shutil.copy(folder / "model.pt", "weights.npz")
     (folder / "text.npz").write_text("mine")
-    np.savez("images.npz", images=np.zeros(3))
+    np.savez("images.npz", images=np.zeros(3), model_sha256="of an earlier model")
+    np.savez("foreign.npz", images=np.zeros(3))             # somebody's own
     (folder / "folder").mkdir()
     before = snapshot(folder)
     common = ["--model", "model.pt", "--dataset", "MNIST-10k", "--part", "test"]
@@ -112,7 +113,8 @@ def test_a_file_is_replaced_with_overwrite_alone_and_none_of_another_kind(folder
     for name in ("folder", "text.npz/codes.npz"):
         assert f"--output {name}: " in refuse("codes.py", [*common, "--output", name, "--overwrite"], capsys)
     decode = ["--model", "model.pt", "--decode", "codes.npz", "--overwrite"]
-    assert "is no file of images" in refuse("codes.py", [*decode, "--output", "codes.npz"], capsys)
+    for name in ("codes.npz", "foreign.npz"):
+        assert "is no file of images" in refuse("codes.py", [*decode, "--output", name], capsys)
     assert snapshot(folder) == before
     import_script("codes.py").main([*decode, "--output", "images.npz"])
     import_script("codes.py").main([*common, "--output", "codes.npz", "--overwrite"])

@@ -127,10 +127,18 @@ def test_a_colour_set_is_learned_sampled_and_measured(colour_sets, tmp_path, mon
             ("generate.py", ["--input", "prior", "--label", "kitten"], ("--label kitten", "airplane", "cat")),
             ("generate.py", ["--input", "prior", "--label", "10"], ("--label 10", "0 to 9")),
             ("generate.py", ["--dataset", "MNIST-10k"], ("[3, 32, 32]", "[1, 28, 28]")),
+            ("evaluate.py", ["--dataset", "SVHN", *there, "--prior", "models/run/prior.pt"],
+             ("--dataset SVHN", "airplane", "32×32")),
             ("evaluate.py", [*there, "--prior", "models/run/prior.pt", "--classifier", str(checkpoint.CLASSIFIER)],
              ("--classifier", "leave it out"))):
         line = refuse(script, [*model, *arguments], capsys)
         assert all(word in line for word in words), line
+
+
+def test_complete_files_are_read_where_nobody_may_write(colour_sets, monkeypatch):
+    folder, images, _ = colour_sets
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert torch.equal(data.load("SVHN", folder)[0].images, images[:50])
 
 
 def test_letters_are_learned_and_drawn_in_order(tmp_path):
@@ -143,6 +151,9 @@ def test_letters_are_learned_and_drawn_in_order(tmp_path):
     assert "prior/samples" in events(tmp_path / "logs" / "vqvae").Tags()["images"]
     prior, _ = checkpoint.load_prior(tmp_path / "models/vqvae/prior.pt", tmp_path / "models/vqvae/best.pt")
     assert prior.num_classes == 26
+    done = run_script("generate.py", "--model", "models/vqvae/best.pt", "--input", "prior", "--label", "f",
+                      cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_network_names_the_files_to_put_there(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Folders of images as people have them: every mode of Pillow, turned by EXIF, broken, of any name and size."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,77 @@ def test_images_beside_each_other_have_one_class_and_the_same_split_each_time(tm
     assert first[0].classes == ["."] and len(first[1]) == 3
     assert sorted(torch.cat([part.images[:, 0, 0, 0] for part in first]).tolist()) == list(range(30))
     assert torch.equal(first[1].images, again[1].images)
+    # One more image moves at most one of the others.
+    Image.new("L", (5, 5), 200).save(tmp_path / "more.png")
+    tested = [set(part[1].images[:, 0, 0, 0].tolist()) for part in (first, data.load("folder", tmp_path, [1, 4, 4]))]
+    assert len(tested[0] - tested[1]) <= 1
+
+
+def test_linked_folders_are_classes_and_loops_end(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for shade in range(3):
+            Image.new("L", (5, 5), shade).save(tmp_path / "real" / name / f"{shade}.png")
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "dog" / "loop").symlink_to(tmp_path / "real")
+    for name, count in (("linked", 6), ("real", 6)):
+        train, test = data.load("folder", tmp_path / name, [1, 4, 4])
+        assert train.classes == ["cat", "dog"] and len(train) + len(test) == count, name
+
+
+def test_numbers_of_other_widths(tmp_path):
+    pixels = np.arange(16).reshape(4, 4)
+    deep = image_folder.read(saved(Image.fromarray(pixels.astype(np.int32)), tmp_path / "deep.tif"), 4, 4, 1)
+    assert np.array_equal(deep[0].numpy(), pixels)          # 32 bits that hold no more than 8
+    with pytest.raises(ValueError, match="floating point"):
+        image_folder.read(saved(Image.fromarray(pixels.astype(np.float32)), tmp_path / "float.tif"), 4, 4, 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_vanishes_ends_the_training_in_one_line(num_workers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for shade in range(40):
+        Image.new("L", (8, 8), shade).save(tmp_path / "images" / f"{shade}.png")
+    load = image_folder.load
+
+    def load_and_lose(*arguments, **more):
+        loaded = load(*arguments, **more)
+        loaded[0][0].paths[7].unlink()
+        return loaded
+
+    monkeypatch.setattr(image_folder, "IN_MEMORY", 10)
+    monkeypatch.setattr(image_folder, "load", load_and_lose)
+    with pytest.raises(SystemExit) as stopped:
+        import_script("VQ-VAE.py").main(["--dataset", "folder", "--data-folder", "images", "--image-size", "8",
+                                         "--k", "4", "--batch-size", "8", "--num-workers", str(num_workers)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+    assert ".png" in said and "No such file" in said and "models/vqvae/last.pt is whole" in said
+    for child in multiprocessing.active_children():
+        child.join(5)
+        assert not child.is_alive()
+
+
+def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for shade in range(20):
+        Image.new("L", (8, 8), shade).save(tmp_path / "images" / f"{shade}.png")
+    train = import_script("VQ-VAE.py").main
+    train(["--dataset", "folder", "--data-folder", "images", "--image-size", "8", "--channels", "1", "--k", "4",
+           "--batch-size", "8", "--num-epochs", "1"])
+    (tmp_path / "images").rename(tmp_path / "moved")
+    capsys.readouterr()
+    go_on = ["--resume", "--num-epochs", "2"]
+    assert "there is no folder" in refuse("VQ-VAE.py", go_on, capsys)
+    train([*go_on, "--data-folder", "moved"])
+    Image.new("L", (8, 8), 200).save(tmp_path / "moved" / "more.png")
+    capsys.readouterr()
+    line = refuse("VQ-VAE.py", ["--resume", "--num-epochs", "3", "--data-folder", "moved"], capsys)
+    assert "moved are not those that the run began with" in line
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +267,12 @@ def test_own_images_are_reconstructed(learned, images_folder, monkeypatch, capsy
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau")])
     assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 of them
     assert "notes.txt is no image" in capsys.readouterr().err
+    (learned / "generatedImages" / "mine.png").write_bytes(one.read_bytes())
+    before = (learned / "generatedImages" / "mine.png").read_bytes()
+    for path in ("generatedImages/mine.png", "generatedImages"):
+        line = refuse("generate.py", ["--model", "models/mine/best.pt", "--input", path, "--filename", "mine"], capsys)
+        assert "--filename mine: generatedImages/mine.png would stand in --input" in line
+    assert (learned / "generatedImages" / "mine.png").read_bytes() == before
     # A model of digits takes them too, in its own size and in grey.
     import_script("generate.py").main(["--input", str(one), "--filename", "as a digit"])
     assert Image.open("generatedImages/as a digit.png").size == (28, 28)

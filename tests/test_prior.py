@@ -1,6 +1,7 @@
 """The prior over code maps: a distribution that looks at no code too early, and samples what it says."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -150,6 +151,39 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
         with pytest.raises(ValueError) as raised:
             call()
         assert words in str(raised.value)
+
+
+def test_calibration_makes_improbable_codes_as_rare_as_they_are():
+    """With maps that the prior has drawn itself, and with others in which its improbable codes are rarer."""
+    prior, labels = a_prior(200, 2, 3), torch.arange(4).repeat(1000)
+    with torch.no_grad():
+        prior.head.weight.mul_(4)           # some codes in each place are far less probable than others
+    generator = torch.Generator().manual_seed(0)
+    for top_k, rarer in ((None, 1), (20, 0.75), (5, 0.2)):
+        prior.tail.zero_()
+        maps = prior.sample(labels, top_k=top_k, generator=generator)
+        with torch.no_grad():
+            before = prior(maps, labels).double().softmax(dim=2)                      # (4000, 6, 200)
+            tail = before < math.exp(-6)
+            there = tail.gather(2, maps.flatten(1).unsqueeze(2)).double().mean().item()
+            prior.calibrate(maps, labels)
+            after = prior(maps, labels).double().softmax(dim=2)
+        mass = [(probabilities * tail).sum(dim=2).mean().item() for probabilities in (before, after)]
+        assert mass[0] > 0.01 and there < 1.2 * rarer * mass[0]
+        assert mass[1] == pytest.approx(there, rel=0.1, abs=0.0003)
+        assert prior.tail[0] == 0 and not prior.training
+
+
+def test_the_training_sees_no_calibration():
+    prior, maps, labels = a_prior(5, 3, 3, dropout=0.0, drop_label=0.0), torch.randint(5, (8, 3, 3)), torch.arange(4)
+    labels = labels.repeat(2)
+    raw = prior(maps, labels)
+    prior.tail[1:] = -1
+    with torch.no_grad():
+        prior.head.bias[0] -= 20
+        trained, calibrated = prior.train()(maps, labels), prior.eval()(maps, labels)
+    assert torch.allclose(calibrated[..., 0], trained[..., 0] - 1)
+    assert torch.equal(calibrated[..., 1:], trained[..., 1:]) and torch.equal(trained[..., 1:], raw[..., 1:])
 
 
 def test_float32_loss_under_autocast():

@@ -205,7 +205,7 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
     before = snapshot(tmp_path)
     model, prior = ["--model", "models/run/best.pt"], ["--input", "prior"]
     for script, arguments, words in (
-            ("generate.py", [*model, *prior, "--label", "10"], "--label 10: the prior knows the digits 0 to 9"),
+            ("generate.py", [*model, *prior, "--label", "10"], "--label 10: the prior knows the classes 0 to 9: 0, 1"),
             ("generate.py", [*model, *prior, "--temperature", "0"], "--temperature: '0'"),
             ("generate.py", [*model, *prior, "--temperature", "-1"], "--temperature: '-1'"),
             ("generate.py", [*model, *prior, "--top-k", "0"], "--top-k: '0'"),
@@ -243,7 +243,8 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, tmp_path, monkeypatch, capsys):
-    script, losses = import_script("train_prior.py"), iter([3.0, 2.0, 2.5, 2.5, 2.1, 1.0])
+    # Of each epoch as it is, and calibrated.
+    script, losses = import_script("train_prior.py"), iter([3.0, 3.1, 2.4, 2.0, 2.5, 2.6, 2.6, 2.5, 2.1, 2.2, 1.0, 1.0])
     (tmp_path / "models" / "run").mkdir(parents=True)
     shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
     monkeypatch.chdir(tmp_path)
@@ -253,6 +254,8 @@ def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, tmp
                  "--drop-label", "0.3", "--dropout", "0.2"])
     _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")
     assert contents["epoch"] == 2 and contents["test"]["nats_per_code"] == 2
+    assert contents["model"]["tail"].any()
+    assert not checkpoint.load_prior("models/run/prior-last.pt", "models/run/best.pt")[1]["model"]["tail"].any()
     assert contents["config"]["drop_label"] == 0.3 and contents["config"]["dropout"] == 0.2
     assert track(tmp_path)["epoch"].tolist() == [1, 2, 3, 4, 5]
     assert "has not fallen for 3 epochs" in capsys.readouterr().out

@@ -1,0 +1,99 @@
+"""Types for add_argument(), which say what is wrong with a value in one line."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+import torch
+
+DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
+
+
+def whole_number(minimum, maximum=2**63 - 1):
+    """A type for whole numbers from minimum on, up to maximum."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            bound = f"from {minimum} on" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
+        return value
+    return convert
+
+
+def number(above=None, minimum=None, below=math.inf):
+    """A type for finite numbers, above one bound or from one bound on, and below a third."""
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (above is not None and value <= above) \
+                or (minimum is not None and value < minimum) or value >= below:
+            bound = f"above {above}" if above is not None else f"from {minimum} on"
+            bound += f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+    return convert
+
+
+def multiple_of_4(maximum):
+    """A type for the sides of images."""
+    def convert(text):
+        value = whole_number(8, maximum)(text)
+        if value % 4:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 4")
+        return value
+    return convert
+
+
+def one_of(*names):
+    """A type for one of some names, in capitals or not."""
+    def convert(text):
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
+    return convert
+
+
+def name_inside(folder):
+    """A type for a name, or a relative path, that stays inside a folder."""
+    def convert(text):
+        path = Path(text)
+        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
+            raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
+                                             "give one without a leading / and without ..")
+        return str(path)
+    return convert
+
+
+def file_name(text):
+    """A type for paths of files: anything but nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the path of a file")
+    return text
+
+
+def device(text):
+    """A type for devices that this machine has: cpu, cuda, cuda:1, …, mps, and auto for the best of them."""
+    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    if text == "auto":
+        # What was chosen is what a run remembers: on another machine it does not go on elsewhere unasked.
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if text == "mps" and not torch.backends.mps.is_available():
+        raise argparse.ArgumentTypeError("'mps' finds no Apple GPU: use --device cpu; a Mac with Apple silicon and "
+                                         "a build of torch for it are needed")
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
+            "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
+    if match[1] and int(match[1]) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine has cuda:0 "
+                                         f"to cuda:{torch.cuda.device_count() - 1}")
+    return text
