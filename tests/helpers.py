@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,13 @@ def run_script(name, *arguments, cwd):
     """Run a script of the repository in a process of its own, in the folder cwd."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)],
                           cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def readme_commands(title):
+    """The shell commands in a section of the README, each as a list of words."""
+    section = (ROOT / "README.md").read_text().split(f"# {title}\n")[1].split("\n#")[0]
+    return [shlex.split(line) for block in re.findall(r"^```shell\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+            for line in block.splitlines()]
 
 
 def start(script, *arguments, cwd):

@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from helpers import events, idx, import_script, refuse, run_script
+from helpers import events, idx, import_script, readme_commands, refuse, run_script
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
@@ -133,6 +133,15 @@ def test_a_colour_set_is_learned_sampled_and_measured(colour_sets, tmp_path, mon
              ("--classifier", "leave it out"))):
         line = refuse(script, [*model, *arguments], capsys)
         assert all(word in line for word in words), line
+
+
+def test_commands_of_the_readme_learn_clothes(tmp_path):
+    write_idx_set(tmp_path / "MNIST", "FashionMNIST")
+    for _, script, *words in readme_commands("Other data sets, and your own images"):
+        more = ("--num-epochs", 1, "--k", 8) if script == "VQ-VAE.py" else ()
+        done = run_script(script, *words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "generatedImages" / "FashionMNIST.png").is_file()
 
 
 def test_complete_files_are_read_where_nobody_may_write(colour_sets, monkeypatch):

@@ -5,7 +5,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from helpers import events, import_script, refuse, run_script
+from helpers import events, import_script, readme_commands, refuse, run_script
 from PIL import Image, ImageOps
 
 import checkpoint
@@ -30,8 +30,10 @@ def write_images(root, each=4):
                     image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
                 else:
                     image = Image.fromarray(pixels).convert(mode)
-                inside = root / name / ("more" if i == 1 else ".")
-                image.save(inside / f"Bild Nr. {i} ü {mode.replace(';', '')}.{suffix}")
+                inside, exif = root / name / ("more" if i == 1 else "."), Image.Exif()
+                exif[0x0112] = 1 + i                    # turned, mirrored
+                turned = {"exif": exif} if suffix in ("jpg", "webp") else {}
+                image.save(inside / f"Bild Nr. {i} ü {mode.replace(';', '')}.{suffix}", **turned)
     whole = (root / "red ones" / "Bild Nr. 0 ü RGB.webp").read_bytes()
     (root / "blau" / "broken.webp").write_bytes(whole[:len(whole) // 2])
     (root / "blau" / "notes.txt").write_text("no image")
@@ -215,16 +217,20 @@ def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monk
 
 @pytest.fixture(scope="module")
 def learned(images_folder, tmp_path_factory):
-    """A folder in which a colour model of 64×64 pixels and its prior have been learned from the images."""
-    folder = tmp_path_factory.mktemp("learned")
-    for script, *arguments in (
-            ("VQ-VAE.py", "--dataset", "folder", "--data-folder", images_folder, "--image-size", 64, "--num-epochs", 20,
-             "--batch-size", 16, "--lr", "3e-3", "--beta", 0.25, "--k", 64, "--output-folder", "mine"),
-            ("train_prior.py", "--model", "models/mine/best.pt", "--num-epochs", 5, "--width", 64, "--heads", 2,
-             "--layers", 1, "--batch-size", 8, "--shift", 0)):
-        done = run_script(script, *arguments, cwd=folder)
+    """A folder in which the README's commands have learned from the images, in fewer and smaller steps."""
+    folder, commands = tmp_path_factory.mktemp("learned"), readme_commands("A folder of images")
+    more = {"VQ-VAE.py": ("--num-epochs", 20, "--batch-size", 16, "--lr", "3e-3", "--beta", 0.25, "--k", 64),
+            "train_prior.py": ("--num-epochs", 5, "--width", 64, "--heads", 2, "--layers", 1, "--batch-size", 8,
+                               "--shift", 0)}
+    assert len(commands) == 4 and "64" in commands[0]
+    for _, script, *words in commands:
+        words = [word.replace("holiday pictures/beach.jpg", str(images_folder / "blau" / "Bild Nr. 0 ü CMYK.jpg"))
+                 .replace("holiday pictures", str(images_folder)) for word in words]
+        done = run_script(script, *words, *more.get(script, ()), cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert f"Left out of {images_folder}, 2 that Pillow cannot read" in done.stderr
+        if script in more:
+            assert f"Left out of {images_folder}, 2 that Pillow cannot read" in done.stderr
+    assert {path.name for path in (folder / "generatedImages").iterdir()} == {"prior.png", "Bild Nr. 0 ü CMYK.png"}
     return folder
 
 
@@ -262,7 +268,8 @@ def test_own_images_are_reconstructed(learned, images_folder, monkeypatch, capsy
     one = images_folder / "grüne" / "Bild Nr. 0 ü RGB.webp"
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(one)])
     picture = Image.open("generatedImages/Bild Nr. 0 ü RGB.png")
-    original = np.asarray(ImageOps.fit(Image.open(one).convert("RGB"), (64, 64), Image.Resampling.LANCZOS))
+    upright = ImageOps.exif_transpose(Image.open(one)).convert("RGB")
+    original = np.asarray(ImageOps.fit(upright, (64, 64), Image.Resampling.LANCZOS))
     assert picture.size == (64, 64) and np.abs(np.asarray(picture).astype(float) - original).mean() < 45
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau")])
     assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 of them

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, events, import_script
@@ -128,3 +129,7 @@ def test_python_snippet_that_reads_codes_runs(tmp_path, monkeypatch):
     x = data.to_model_range(test_set.images[:8])
     with torch.no_grad():
         assert torch.equal(names["images"], names["model"](x).reconstruction)
+    back = next(block for block in code_blocks("shell") if "--decode codes.npz" in block)
+    import_script("codes.py").main(shlex.split(back)[2:])
+    with np.load("images.npz") as file:
+        assert file["images"].shape == (1000, 1, 28, 28)

@@ -269,8 +269,8 @@ def test_nothing_to_resume_and_settings_that_contradict_are_refused(tmp_path, tr
     for arguments, words in (
             (("--output-folder", "no"), "--output-folder no: there is no models/no/last.pt to --resume: start"),
             (("--output-folder", "run", "--num-epochs", 3, "--lr", "1e-3"), "--lr 0.001 contradicts the run, which has "
-             "--lr 0.002: leave it out; what may change is --num-epochs, --device, --num-workers, --save-every"),
-            (("--output-folder", "run", "--num-epochs", 3, "--data-folder", "x"), "--data-folder x contradicts"),
+             "--lr 0.002: leave it out; what may change is --num-epochs, --device, --data-folder, --num-workers"),
+            (("--output-folder", "run", "--num-epochs", 3, "--beta", "2"), "--beta 2.0 contradicts"),
             (("--output-folder", "run", "--num-epochs", 3, "--overwrite"), "not allowed with argument"),
             (("--output-folder", "run"), "the run ended after epoch 2, ask for more"),
             (("--output-folder", "run", "--num-epochs", 1), "the run ended after epoch 2, ask for more"),
