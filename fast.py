@@ -32,7 +32,11 @@ def compiled(function, say):
 
     Where that fails, for want of a C++ compiler above all, say() is told why, once, and the function runs as it is.
     """
-    fast = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    try:
+        fast = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    except RuntimeError as error:       # torch knows no compiling for this version of Python
+        say(first_line(error))
+        return function
     failed = False
 
     def call(*tensors):
@@ -42,6 +46,10 @@ def compiled(function, say):
                 return fast(*tensors)
             except torch._dynamo.exc.TorchDynamoException as error:
                 failed = True
-                say(str(error).strip().splitlines()[0])
+                say(first_line(error))
         return function(*tensors)
     return call
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

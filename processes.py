@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, Sampler, Subset
 
+from fast import first_line
+
 MEETING_PORT = 29400                    # torchrun's own choice
 TIMEOUT = timedelta(minutes=10)         # without an answer from another process
 
@@ -65,7 +67,7 @@ def joined():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", store=store, rank=number,
                                 world_size=total, timeout=TIMEOUT)
     except RuntimeError as error:
-        raise ValueError(f"the processes cannot reach each other: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the processes cannot reach each other: {first_line(error)}") from error
     with open(os.devnull, "w") as nowhere, nullcontext() if leads() else redirect_stdout(nowhere):
         yield
     dist.destroy_process_group()
@@ -159,7 +161,7 @@ def lost(error):
 
 def why_lost(error):
     """The same in words, with torch's own first ones."""
-    return f"another process of this run has died, or does not answer ({str(error).strip().splitlines()[0]})"
+    return f"another process of this run has died, or does not answer ({first_line(error)})"
 
 
 # ---------------------------------------------------------------- shares of a batch, an epoch and a set

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -161,6 +162,13 @@ def test_a_prior_works_in_float64_too():
     prior = CodePrior(16, 4, 4, layers=2, embedding=32, heads=2).eval()
     maps = torch.randint(16, (8, 4, 4))
     torch.testing.assert_close(prior.log_prob(maps).double(), prior.double().log_prob(maps).double())
+
+
+def test_where_torch_compiles_nothing_the_function_runs_as_it_is(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("not in this version\nof Python")))
+    assert fast.compiled(torch.neg, said.append) is torch.neg and said == ["not in this version"]
+    assert fast.first_line(IndexError()) == "IndexError"
 
 
 @needs_a_compiler
