@@ -92,6 +92,8 @@ def test_the_middle_is_kept_and_not_stretched(tmp_path):
     assert (read == 255).all()
     tall = image_folder.read(saved(Image.fromarray(wide.transpose(1, 0, 2)), tmp_path / "tall.png"), 8, 8, 1)
     assert (tall == 255).all()
+    pixels = np.random.default_rng(2).integers(0, 255, (8, 12), np.uint8)
+    assert np.array_equal(image_folder.read(saved(Image.fromarray(pixels), tmp_path / "flat.png"), 8, 12, 1)[0], pixels)
 
 
 def test_classes_are_the_sub_folders_and_what_is_no_image_is_left_out(images_folder):
@@ -142,6 +144,7 @@ def test_images_beside_each_other_have_one_class_and_the_same_split_each_time(tm
     assert first[0].classes == ["."] and len(first[1]) == 3
     assert sorted(torch.cat([part.images[:, 0, 0, 0] for part in first]).tolist()) == list(range(30))
     assert torch.equal(first[1].images, again[1].images)
+    assert first[1].images[:, 0, 0, 0].tolist() != [0, 1, 10]          # not the first ones by name
     # One more image moves at most one of the others.
     Image.new("L", (5, 5), 200).save(tmp_path / "more.png")
     tested = [set(part[1].images[:, 0, 0, 0].tolist()) for part in (first, data.load("folder", tmp_path, [1, 4, 4]))]

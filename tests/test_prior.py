@@ -73,6 +73,9 @@ def test_log_prob_is_the_summed_cross_entropy():
 def test_cached_samples_are_those_of_the_whole_model(temperature, top_k, guidance):
     """Against a slow sampler that runs the whole map through the model for each code."""
     prior, labels = a_prior(6, 3, 4, num_shifts=9), torch.tensor([0, 1, 2, 3, 4])
+    with torch.no_grad():
+        prior.head.weight.mul_(6)           # so that there are improbable codes
+    prior.tail[1:] = 5                      # and their calibration shows
     cached = prior.sample(labels, temperature, top_k, guidance, torch.Generator().manual_seed(7))
     generator, maps = torch.Generator().manual_seed(7), torch.zeros(5, 3, 4, dtype=torch.int64)
     for t in range(12):
