@@ -177,7 +177,7 @@ class CodePrior(nn.Module):
         return (depth.floor().long() + 1).clamp(0, TAIL_BINS)
 
     def _calibrated(self, logits):
-        return logits + self.tail[self._bins(logits)]
+        return logits + self.tail.to(logits)[self._bins(logits)]
 
     def _condition(self, labels, shifts=None):
         return (self.label_embedding(labels)                          # (B, E)

@@ -361,7 +361,7 @@ def main(argv=None):
     with parser.bad_input_in_one_line():
         if args.json:
             with cli.named("--json", args.json):
-                cli.check_writable(args.json)
+                files.check_writable(args.json)
         parts = args.parts or list(PARTS)
         if "quality" in parts:          # found out before the others have taken their minutes
             with cli.named("--data-folder", args.data_folder):
