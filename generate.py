@@ -132,8 +132,9 @@ def generate(args):
     name = args.filename or name
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.named("--filename", name):
-        if isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"{path} would stand in --input {args.input}, among what is to be read: choose another")
+        is_read = isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents)
+        if is_read and path.exists():
+            raise ValueError(f"{path} is there already, in --input {args.input}: choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         columns = len(images) // 2 if args.originals else ROWS

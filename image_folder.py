@@ -116,7 +116,8 @@ def load(folder, shape, num_workers=0, **loading):
     left_out = [path for (path, _), fine in zip(found, good.tolist()) if not fine]
     found = [file for file, fine in zip(found, good.tolist()) if fine]
     classes = sorted({name for _, name in found}) or [LOOSE]
-    paths, labels = [path for path, _ in found], torch.tensor([classes.index(name) for _, name in found])
+    number = {name: i for i, name in enumerate(classes)}
+    paths, labels = [path for path, _ in found], torch.tensor([number[name] for _, name in found])
     parts = []
     for rows in _split(paths, folder, apart):
         part = ImageFiles([paths[row] for row in rows.tolist()], labels[rows], shape, classes)

@@ -97,11 +97,6 @@ def use_device(device):
     torch.cuda.set_device(local)
 
 
-def wait():
-    """Until all processes have come here."""
-    all_sum(torch.zeros(()))
-
-
 @contextmanager
 def first_goes_ahead():
     """What is inside the first process does before the others, which find what it has downloaded."""

@@ -281,7 +281,7 @@ def test_own_images_are_reconstructed(learned, images_folder, monkeypatch, capsy
     before = (learned / "generatedImages" / "mine.png").read_bytes()
     for path in ("generatedImages/mine.png", "generatedImages"):
         line = refuse("generate.py", ["--model", "models/mine/best.pt", "--input", path, "--filename", "mine"], capsys)
-        assert "--filename mine: generatedImages/mine.png would stand in --input" in line
+        assert "--filename mine: generatedImages/mine.png is there already, in --input" in line
     assert (learned / "generatedImages" / "mine.png").read_bytes() == before
     # A model of digits takes them too, in its own size and in grey.
     import_script("generate.py").main(["--input", str(one), "--filename", "as a digit"])
