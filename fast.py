@@ -52,4 +52,5 @@ def compiled(function, say):
 
 
 def first_line(error):
+    """The first line of an error's message, or the error's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

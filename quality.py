@@ -48,7 +48,7 @@ def decoded(model, maps, device):
 def sampled_maps(prior, labels, sampling, generator, device, bar):
     """A map for each of labels (N,): (N, h, w). sampling: temperature, top_k and guidance of CodePrior.sample()."""
     maps = []
-    for some in labels.split(AT_ONCE):
+    for some in labels.split(at_once(4 * prior.height, 4 * prior.width)):
         maps.append(prior.sample(some.to(device), **sampling, generator=generator).cpu())
         bar.update(len(some))
     return torch.cat(maps)
