@@ -110,7 +110,8 @@ def prepare_folders(models, logs):
     logs.mkdir(parents=True, exist_ok=True)
     files.remove_temporary(models)
     # last.pt first: without the others it is nothing to resume.
-    for pattern in ("last.pt", "*.pt", "args.json", tracking.TRACK, tracking.PRIOR_TRACK):
+    for pattern in ("last.pt", "best.pt", "model_[0-9]*.pt", "prior.pt", "prior-last.pt", "args.json",
+                    tracking.TRACK, tracking.PRIOR_TRACK):
         for path in models.glob(pattern):
             path.unlink()
     tracking.remove_logs(logs)
@@ -153,8 +154,8 @@ class Progress(resume.Progress):
     counts: torch.Tensor            # (K,), the use of the codes in the epoch's steps
     restarts: torch.Tensor          # the quantizer's own count of codes that moved in the epoch
 
-    def next_epoch(self, order):
-        super().next_epoch(order)
+    def next_epoch(self, generator):
+        super().next_epoch(generator)
         self.counts.zero_()
         self.restarts.zero_()
 
@@ -178,8 +179,8 @@ class Run(resume.Run):
             train_set, self.test_set = train_set.to(args.device), self.test_set.to(args.device)
         be_deterministic(args.device)
         resume.seed_everything(args.seed)
-        order = torch.Generator().manual_seed(args.seed)
-        self.train_batches = data.batches(train_set, self.share, order, args.num_workers, on_gpu and in_workers)
+        generator = torch.Generator().manual_seed(args.seed)
+        self.train_batches = data.batches(train_set, self.share, generator, args.num_workers, on_gpu and in_workers)
         self.test_batches = data.batches(processes.part(self.test_set), self.share, None, args.num_workers,
                                          on_gpu and in_workers)
         self.shown = data.to_model_range(self.test_set[:SHOWN_IMAGES][0], args.device)
@@ -194,7 +195,7 @@ class Run(resume.Run):
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
         steps = len(self.train_batches)
         schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * steps)
-        super().__init__(args, about, model, optimizer, schedule, order, steps, len(train_set),
+        super().__init__(args, about, model, optimizer, schedule, generator, steps, len(train_set),
                          Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
                          counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
         self.eager, self.compiled = self.losses_of, self.compiled_if_asked(self.losses_of)

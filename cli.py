@@ -1,5 +1,5 @@
-"""What the scripts share: types of arguments, the model and the data that they name, and bad input told in
-one line with exit status 2.
+"""What the scripts share: flags, the model and the data that they name, and bad input told in one line with exit
+status 2.
 """
 
 import argparse

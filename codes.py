@@ -149,7 +149,8 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.decode:
-        parser.check_unused(args, ("dataset", "data_folder", "part"), "is used to encode alone, leave out --decode")
+        parser.check_unused(args, ("dataset", "data_folder", "num_workers", "part"),
+                            "is used to encode alone, leave out --decode")
     with parser.bad_input_in_one_line():
         run(args)
 

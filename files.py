@@ -86,7 +86,7 @@ def locked(folder, flag):
 
 
 def check_free(folders, overwrite):
-    """Raise ValueError if a run stands in the folders, or they could not be made. Touches nothing."""
+    """Raise ValueError if a run stands in the folders, OSError if they could not be made. Touches nothing."""
     for folder in folders:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise ValueError(f"{folder} holds a run already: choose another name, replace it with --overwrite, "

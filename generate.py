@@ -1,8 +1,9 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
-`--input test` reconstructs 100 test images of the model's data set, and the path of an image or a folder your own, with
---originals 50 under their originals; `--input prior` draws new images from the learned prior, as many of each class, of
-digits row i the digit i; `--input random` decodes Gaussian noise, quantized. Without --model it uses the shipped one.
+`--input test` reconstructs 100 test images of the model's data set, and the path of an image or of a folder your own;
+with --originals at most 50 of them, each row below its originals. `--input prior` draws new images from the learned
+prior, as many of each class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized.
+Without --model it uses the shipped one.
 """
 
 import argparse
@@ -37,8 +38,8 @@ def get_parser():
     parser.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
     parser.add_argument("--originals", action="store_true",
-                        help="with --input MNIST: a row of ten originals above each row of their reconstructions "
-                             "(default: reconstructions alone)")
+                        help="with images as input: a row of ten originals above each row of their reconstructions, "
+                             "at most fifty (default: only reconstructions)")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
@@ -90,13 +91,13 @@ def interleaved(originals, reconstructions):
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
-def draw(model, path, generator, args):
-    """100 new images from the prior: as many of each class, or all of them args.label. (100, C, H, W) in [-1, 1]."""
+def draw(path, generator, args):
+    """100 code maps (100, h, w) from the prior: as many of each class, or all of them args.label."""
     prior, classes, _ = cli.open_prior(args, path)
     labels = quality.spread_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
-    return model.decode(prior.sample(labels.to(args.device), **cli.sampling(args), generator=generator))
+    return quality.sampled_maps(prior, labels, cli.sampling(args), generator, args.device)
 
 
 def class_number(text, classes):
@@ -114,11 +115,11 @@ def generate(args):
     model, contents, path = cli.open_model(args)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     shape, name = contents["dataset"]["shape"], args.input
-    if args.input == "prior":
-        images = draw(model, path, generator, args)
-    elif args.input == "random":
+    if args.input in ("random", "prior"):
         _, H, W = shape
-        images = model.decode(quality.noise_maps(model, ROWS**2, H // 4, W // 4, generator, args.device))
+        maps = (draw(path, generator, args) if args.input == "prior" else
+                quality.noise_maps(model, ROWS**2, H // 4, W // 4, generator, args.device))
+        images = torch.cat([*quality.decoded(model, maps, args.device)])
     else:
         if isinstance(args.input, Path):
             images, name = own_images(args.input, shape, generator), args.input.resolve()
@@ -150,6 +151,9 @@ def main(argv=None):
         parser.check_unused(args, (*cli.SAMPLING, "label"), "is used with --input prior alone, add it")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
+    if args.input not in ("test", "MNIST"):
+        parser.check_unused(args, ("dataset", "data_folder", "num_workers"),
+                            f"is used with --input test, not with {args.input}")
     if isinstance(args.input, Path) and not args.input.exists():
         parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder")
     with parser.bad_input_in_one_line():

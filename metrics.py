@@ -49,7 +49,7 @@ def evaluate(model, batches, device, beta=1.0):
 def code_maps(model, batches, device, bar=None):
     """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels).
 
-    bar, such as a tqdm, is told by update(n) of every n images.
+    The model is in evaluation mode. bar, such as a tqdm, is told by update(n) of every n images.
     """
     maps = []
     for images, _ in batches:

@@ -133,14 +133,15 @@ class VectorQuantizedVAE(nn.Module):
     def encode(self, x):
         """Code indices (B, H/4, W/4) of images (B, C, H, W) in [-1, 1].
 
-        Raises ValueError if x is not (B, C, H, W) with H and W multiples of 4.
+        In training mode BatchNorm takes this batch's statistics, and learns from them. Raises ValueError if x is not
+        (B, C, H, W) with H and W multiples of 4.
         """
         return vq(self._latents(x).permute(0, 2, 3, 1), self.quantizer.codebook)
 
     def decode(self, indices):
         """Images (B, C, 4h, 4w) in [-1, 1] from code indices (B, h, w).
 
-        Raises ValueError if an index is outside [0, K).
+        Raises ValueError if indices are not int32 or int64 (B, h, w) in [0, K).
         """
         return self.decoder(self.quantizer.lookup(indices))
 

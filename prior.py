@@ -2,7 +2,7 @@
 
 It is learned after the VQ-VAE is frozen (van den Oord et al. 2017, section 3.3), there a PixelCNN.
 Letters at line ends: B maps, h×w codes of one map, T = h·w of them in raster order, K codes,
-E width of the transformer.
+E size of the transformer's hidden vectors.
 """
 
 import torch
@@ -18,13 +18,14 @@ TAIL_BINS = 12          # of a width of 1 in their logarithms; the last one has 
 class Block(nn.Module):
     """Causal self-attention and a perceptron, each with a normalised input and a skip: (B, T, E) → (B, T, E)."""
 
-    def __init__(self, width, heads, dropout):
+    def __init__(self, embedding, heads, dropout):
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.perceptron_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.queries_keys_values = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        self.attention_norm, self.perceptron_norm = nn.LayerNorm(embedding), nn.LayerNorm(embedding)
+        self.queries_keys_values = nn.Linear(embedding, 3 * embedding)
+        self.project = nn.Linear(embedding, embedding)
+        self.perceptron = nn.Sequential(nn.Linear(embedding, 4 * embedding), nn.SiLU(),
+                                        nn.Linear(4 * embedding, embedding))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cache=None):
@@ -48,6 +49,7 @@ class Block(nn.Module):
 class CodePrior(nn.Module):
     """p(code map | class) and p(code map) in one model, as a product over codes in raster order.
 
+    height and width are h and w of a map, embedding is E, the --width of train_prior.py.
     Every position sees the class, or that there is none, and position t the codes before t. In
     training a class is dropped with probability drop_label, so that one model learns both
     distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted images may be

@@ -45,18 +45,22 @@ def decoded(model, maps, device):
 
 
 @torch.no_grad()
-def sampled_maps(prior, labels, sampling, generator, device, bar):
-    """A map for each of labels (N,): (N, h, w). sampling: temperature, top_k and guidance of CodePrior.sample()."""
+def sampled_maps(prior, labels, sampling, generator, device, bar=None):
+    """A map for each of labels (N,), on the CPU: (N, h, w), drawn as many at once as the memory of MNIST's allows.
+
+    sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is told by update(n).
+    """
     maps = []
     for some in labels.split(at_once(4 * prior.height, 4 * prior.width)):
         maps.append(prior.sample(some.to(device), **sampling, generator=generator).cpu())
-        bar.update(len(some))
+        if bar is not None:
+            bar.update(len(some))
     return torch.cat(maps)
 
 
 @torch.no_grad()
 def noise_maps(model, count, height, width, generator, device):
-    """The codes nearest to Gaussian noise, as the published sampling draws them: (count, h, w)."""
+    """The codes nearest to Gaussian noise, as the published sampling draws them, on the CPU: (count, h, w)."""
     z = torch.randn(count, model.quantizer.dim, height, width, generator=generator)
     return torch.cat([model.quantizer(some.to(device)).indices.cpu() for some in z.split(AT_ONCE)])
 

@@ -48,8 +48,8 @@ class Progress:
         """(n, L): those of the steps since the latest log."""
         return self.waiting[:(self.batches - 1) % LOG_EVERY + 1 if self.batches else 0]
 
-    def next_epoch(self, order):
-        self.order = order.get_state()
+    def next_epoch(self, generator):
+        self.order = generator.get_state()
         self.sums.zero_()
         self.epoch, self.batches, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
 
@@ -63,13 +63,14 @@ class Run:
 
     losses = ()
 
-    def __init__(self, args, about, model, optimizer, schedule, order, steps, images, progress=Progress, **more):
+    def __init__(self, args, about, model, optimizer, schedule, generator, steps, images, progress=Progress, **more):
         self.args, self.about, self.model, self.optimizer, self.schedule = args, about, model, optimizer, schedule
-        self.order, self.steps, self.images = order, steps, images    # steps and images of an epoch
+        self.generator = generator                                    # of the data's order
+        self.steps, self.images = steps, images                       # of an epoch
         fast.keep_freed_memory()
         L = len(self.losses)
         place = "cpu" if args.device == "mps" else args.device        # MPS knows no float64
-        self.progress = progress(order=order.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
+        self.progress = progress(order=generator.get_state(), waiting=torch.zeros(LOG_EVERY, L, device=args.device),
                                  sums=torch.zeros(L, dtype=torch.float64, device=place), **more)
 
     def compiled_if_asked(self, function):
@@ -122,7 +123,7 @@ class Run:
                 else:
                     bar.close()
                     self.finish_epoch(writer, last.parent, start)
-                    progress.next_epoch(self.order)
+                    progress.next_epoch(self.generator)
                     self.keep(last, writer)
                     stop = signals.agreed()
 
@@ -182,7 +183,7 @@ class Run:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
             _check_averages(self.optimizer)
-            self.order.set_state(progress.order)
+            self.generator.set_state(progress.order)
             restore_random_states(training["random"])
         except Exception as error:      # a damaged file makes torch raise whatever it trips over
             raise ValueError("what it says of the training is damaged or of another version of the code: "

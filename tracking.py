@@ -168,7 +168,10 @@ def grid(images):
 
 @torch.no_grad()
 def log_images(writer, model, images, epoch):
-    """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too."""
+    """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too.
+
+    Leaves the model in evaluation mode.
+    """
     model.eval()
     if epoch == 0:
         writer.add_image("images/original", grid(images), 0)
@@ -184,7 +187,7 @@ def log_codebook(writer, model, counts, shape, epoch):
     """The codes in the embedding projector, each with its use and the image that it decodes to.
 
     That image is the decoder's for a map of this code alone. It is square, as the projector
-    needs: of images (C, H, W) the shorter side.
+    needs: of images (C, H, W) the shorter side. Leaves the model in evaluation mode.
     """
     model.eval()
     codebook, side = model.quantizer.codebook.detach(), min(shape[1:]) // 4

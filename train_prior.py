@@ -1,7 +1,8 @@
 """Learn which codes go together: python3 train_prior.py [--model models/NAME/best.pt] ...
 
 The second stage of the paper (section 3.3): the VQ-VAE is frozen, its code maps of the training set are learned by a
-transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped one.
+transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped one,
+whose prior it replaces with --overwrite alone.
 """
 
 import math
@@ -19,11 +20,11 @@ import cli
 import data
 import files
 import processes
+import quality
 import resume
 import tracking
 from metrics import at_once, code_maps, nats_per_code
 from prior import CodePrior
-from quality import spread_labels
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
@@ -131,7 +132,7 @@ class Run(resume.Run):
             raise ValueError(f"--model {path}: its images are {[C, H, W]}, "
                              f"those of --dataset {dataset} {self.train_set.shape}")
         resume.seed_everything(args.seed)
-        order = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(args.seed)
         self.vqvae, self.offsets = vqvae.to(args.device), offsets_up_to(args.shift)
         self.bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))         # of one nat per code
         config = {"num_codes": vqvae.quantizer.num_codes, "height": H // 4, "width": W // 4,
@@ -154,7 +155,7 @@ class Run(resume.Run):
                                       fused=args.device != "mps")
         steps = math.ceil(len(self.train_set) / args.batch_size)
         super().__init__(args, about, prior, optimizer, warm_up_then_cosine(optimizer, args.num_epochs * steps),
-                         order, steps, len(self.train_set), track=["  ".join(COLUMNS)])
+                         generator, steps, len(self.train_set), track=["  ".join(COLUMNS)])
         self.eager, self.compiled = self.loss_of, self.compiled_if_asked(self.loss_of)
 
     def encode(self):
@@ -177,8 +178,8 @@ class Run(resume.Run):
         """The steps of the epoch that are not done yet, each image in one of its shifts. Yields after each of them."""
         prior, args, progress, labels = self.model.train(), self.args, self.progress, self.train_set.labels
         N, share = len(labels), processes.split(args.batch_size)
-        shift_of = torch.randint(len(self.train_maps), (N,), generator=self.order)
-        order = torch.randperm(N, generator=self.order)
+        shift_of = torch.randint(len(self.train_maps), (N,), generator=self.generator)
+        order = torch.randperm(N, generator=self.generator)
         if processes.count() > 1:
             order = order[list(processes.places(N))]
         for rows in order.split(share)[progress.batches:]:
@@ -232,8 +233,7 @@ class Run(resume.Run):
         if not processes.leads():
             return
         bits = tested * self.bits_per_pixel
-        tracking.log_prior(writer, epoch, trained, tested, bits,
-                           self.vqvae.decode(samples(prior, args.seed, args.device)))
+        tracking.log_prior(writer, epoch, trained, tested, bits, samples(prior, self.vqvae, args.seed, args.device))
         if better:
             checkpoint.save(folder / "prior.pt", {**self.about, "model": prior.state_dict(), "epoch": epoch,
                                                   "test": {"nats_per_code": tested, "bits_per_pixel": bits}})
@@ -321,10 +321,11 @@ def train(args, parser, argv):
 
 
 @torch.no_grad()
-def samples(prior, seed, device):
-    """A hundred code maps, as many of each class."""
-    labels = spread_labels(prior.num_classes, 100).to(device)
-    return prior.sample(labels, generator=torch.Generator().manual_seed(seed))
+def samples(prior, vqvae, seed, device):
+    """A hundred new images (100, C, H, W) in [-1, 1], as many of each class."""
+    maps = quality.sampled_maps(prior, quality.spread_labels(prior.num_classes, 100), {},
+                                torch.Generator().manual_seed(seed), device)
+    return torch.cat([*quality.decoded(vqvae, maps, device)])
 
 
 def main(argv=None):

@@ -15,7 +15,7 @@ BLOCK_SCORES = 2**20        # latent-code scores held in memory at once: 4 MiB o
 REGISTER = 16               # float32 numbers in the widest register of a CPU
 KMEANS_ITERATIONS = 10
 EMA_DECAY = 0.99            # γ of appendix A.1
-LAPLACE = 1e-5              # ε of the smoothed cluster sizes
+LAPLACE = 1e-5              # ε of the smoothed cluster sizes; not in the paper, but in Sonnet's VectorQuantizerEMA
 
 CODEBOOK_UPDATES = ("gradient", "ema")
 CODEBOOK_INITS = ("kmeans", "uniform")
@@ -92,7 +92,8 @@ def vq_st(inputs, codebook):
 
     inputs (..., D) and codebook (K, D) → codes like inputs, exactly rows of the codebook, and
     their flat indices (N,). Backward: the gradient of codes is copied unchanged to inputs, and
-    added up in the rows of the codebook that were used.
+    added up in the rows of the codebook that were used. VectorQuantizer keeps this gradient from its
+    codebook, which learns by a loss of its own.
     """
     indices = vq(inputs, codebook)
     return straight_through(inputs, F.embedding(indices, codebook)), indices.flatten()
@@ -169,7 +170,8 @@ class VectorQuantizer(nn.Module):
     averages of the latents that chose each code (appendix A.1). codebook_init: `kmeans` places the
     codes on the latents of the first training batch, `uniform` draws them from ±1/K.
     restart_after: a code that no latent chose for that many training steps moves onto a random
-    latent of the current batch; 0 means never. What the quantizer remembers stands in buffers, so
+    latent of the current batch; 0 means never. K-means and restarts are not in the paper
+    (references.txt says whence they are). What the quantizer remembers stands in buffers, so
     that a state_dict carries it. In evaluation mode nothing changes. Where torch.distributed has a
     group, each process brings as many images of the batch, and the codebook learns from all of them.
     Raises ValueError for another codebook_update or codebook_init.
@@ -190,7 +192,8 @@ class VectorQuantizer(nn.Module):
         if self.ema:        # each code starts as the mean of one latent, which stands where it stands
             self.register_buffer("cluster_sizes", torch.ones(num_codes))              # N_i
             self.register_buffer("cluster_sums", self.codebook.detach().clone())      # m_i
-        # How many codes have moved in all. A figure to look at, no part of the state.
+        # How many codes have moved since this was last set to zero, as VQ-VAE.py does in this very tensor before each
+        # epoch. It saves it with its progress, not with the model.
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64), persistent=False)
         # Asking the buffer at every step would wait for the GPU each time.
         self.known_initialised = False
@@ -244,7 +247,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _move_averages(self, flat, indices):
-        """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i."""
+        """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i, N_i smoothed."""
         ones = torch.ones_like(flat[:, 0])
         sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
         sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)

@@ -157,7 +157,7 @@ def our_training(flags):
         for _ in run.take_steps(writer, tqdm(disable=True)):
             pass
         speed = run.progress.images / (time.perf_counter() - start)
-        run.progress.next_epoch(run.order)
+        run.progress.next_epoch(run.generator)
         return speed
     return epoch
 
@@ -264,7 +264,7 @@ def time_to_quality(args):
                     if mse <= AIM or (most is not None and seconds >= most):
                         break
                 else:
-                    run.progress.next_epoch(run.order)
+                    run.progress.next_epoch(run.generator)
         measured.append({"what": name, "seconds": round(seconds, 1), "steps": run.progress.step,
                          "batch_size": run.args.batch_size, "test_mse": round(mse, 4), "reached": mse <= AIM,
                          "times": round(seconds / measured[0]["seconds"], 1) if measured else 1.0})

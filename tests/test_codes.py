@@ -125,7 +125,8 @@ def test_codes_of_another_model_and_flags_that_nothing_looks_at_are_refused(fold
     before = snapshot(folder)
     line = refuse("codes.py", ["--model", checkpoint.PRETRAINED, "--decode", "codes.npz", "--output", "x.npz"], capsys)
     assert "--decode codes.npz: its codes belong to another model" in line and "--model" in line
-    for flag, value in (("--dataset", "MNIST"), ("--part", "test"), ("--data-folder", "elsewhere")):
+    for flag, value in (("--dataset", "MNIST"), ("--part", "test"), ("--data-folder", "elsewhere"),
+                        ("--num-workers", "2")):
         line = refuse("codes.py", ["--decode", "codes.npz", "--output", "x.npz", flag, value], capsys)
         assert f"{flag} {value}" in line
     assert "--output" in refuse("codes.py", ["--decode", "codes.npz"], capsys)

@@ -64,6 +64,15 @@ def test_originals_are_refused_where_there_are_none(folder, monkeypatch, capsys)
     assert [path.name for path in folder.iterdir()] == ["model.pt"]
 
 
+@pytest.mark.parametrize("given", ["random", "prior", "."])
+def test_flags_of_the_data_are_refused_where_none_is_read(given, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for flag, value in (("--dataset", "MNIST-10k"), ("--data-folder", "here"), ("--num-workers", "2")):
+        line = refuse("generate.py", ["--model", "model.pt", "--input", given, flag, value], capsys)
+        assert f"{flag} {value}: is used with --input test, not with {given}" in line
+    assert [path.name for path in folder.iterdir()] == ["model.pt"]
+
+
 def test_random_decodes_the_codes_nearest_to_gaussian_noise(folder):
     _, picture = generate(folder, "--input", "RANDOM", "--seed", 5)
     model, _ = checkpoint.load_model(folder / "model.pt")
@@ -83,6 +92,13 @@ def test_the_seed_decides_and_the_name_follows_the_input(folder):
         pictures[name] = [first, generate(folder, "--input", name, "--seed", 0, "--filename", "again")[1],
                           generate(folder, "--input", name, "--seed", 1, "--filename", "other")[1]]
         assert np.array_equal(*pictures[name][:2]) and not np.array_equal(*pictures[name][1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("given", ["test", "random"])
+def test_a_gpu_draws_the_same(given, folder):
+    pictures = [generate(folder, "--input", given, "--device", device)[1] for device in ("cpu", "cuda")]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1             # a tie may fall to another code
 
 
 @pytest.mark.parametrize("name, written", [("a.png", "a.png"), ("a.PNG", "a.PNG"), ("a.b", "a.b.png"), ("b/", "b.png"),

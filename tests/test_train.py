@@ -168,7 +168,7 @@ def test_use_of_the_codes_in_training_is_counted_over_each_epoch(mnist_folder):
         assert steps == 12 and run.progress.step == 12 * (epoch + 1) and run.progress.counts.sum() == 600 * 49
         indices = torch.cat([some.flatten() for some in seen])
         assert run.progress.counts.tolist() == [(indices == k).sum().item() for k in range(32)]
-        run.progress.next_epoch(run.order)
+        run.progress.next_epoch(run.generator)
 
 
 def test_restarts_are_counted_in_each_epoch_anew(mnist_folder, tmp_path, monkeypatch):
@@ -281,7 +281,10 @@ def test_same_seed_gives_identical_weights(trained, tmp_path):
 def test_a_finished_run_is_touched_with_overwrite_alone(trained, tmp_path):
     for folder in ("models", "logs"):
         shutil.copytree(trained / folder, tmp_path / folder)
-    (tmp_path / "models" / "run" / "notes.txt").write_text("mine")
+    mine = {"notes.txt", "classifier.pt", "model_mine.pt"}
+    for name in mine:
+        (tmp_path / "models" / "run" / name).write_text("mine")
+    (tmp_path / "models" / "run" / "prior.pt").write_text("of the model that is replaced")
     before = snapshot(tmp_path)
     refused = run_script("VQ-VAE.py", *TRAINING, cwd=tmp_path)
     assert refused.returncode == 2 and "--overwrite" in refused.stderr and "models/run" in refused.stderr
@@ -290,7 +293,7 @@ def test_a_finished_run_is_touched_with_overwrite_alone(trained, tmp_path):
     again = run_script("VQ-VAE.py", *TRAINING, "--num-epochs", 1, "--seed", 1, "--overwrite", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert {path.name for path in (tmp_path / "models" / "run").iterdir()} == {
-        "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", "notes.txt"}
+        "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", *mine}
     assert [path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()] == ["00001"]
     assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
     assert track(tmp_path)["epoch"] == [1]
