@@ -324,7 +324,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.dataset != data.FOLDER and not args.resume:
-        parser.check_unused(args, ("image_size", "channels"), "is used with --dataset folder alone, add it")
+        parser.check_unused(args, ("image_size", "channels"), "is used only with --dataset folder, add it")
     with parser.bad_input_in_one_line(), processes.joined():
         train(args, parser, argv)
 

@@ -141,7 +141,7 @@ def add_speed_arguments(group):
 def add_run_arguments(group, what):
     """The flags of every script whose training can go on. `what` says what --overwrite replaces."""
     group.add_argument("--save-every", type=arguments.whole_number(0), default=0, metavar="STEPS",
-                       help="also save the training after so many steps; 0 means at the end of epochs alone "
+                       help="also save the training after so many steps; 0 means only at the end of each epoch "
                             "(default: %(default)s)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true",
@@ -239,7 +239,7 @@ def add_sampling_arguments(parser, without):
     parser.add_argument("--temperature", type=arguments.number(minimum=0.01, below=100), default=1.0, metavar="T",
                         help=f"below 1 the probable codes become more probable {shown}")
     parser.add_argument("--top-k", type=arguments.whole_number(1), metavar="N",
-                        help="draw from the N most probable codes alone (default: from all)")
+                        help="draw only from the N most probable codes (default: from all)")
     parser.add_argument("--guidance", type=arguments.number(minimum=0, below=100), default=1.0, metavar="G",
                         help=f"above 1 the digit weighs more, 0 forgets it, 1 is the plain prior {shown}")
 

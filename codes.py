@@ -150,7 +150,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.decode:
         parser.check_unused(args, ("dataset", "data_folder", "num_workers", "part"),
-                            "is used to encode alone, leave out --decode")
+                            "is used only to encode, leave out --decode")
     with parser.bad_input_in_one_line():
         run(args)
 

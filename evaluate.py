@@ -195,7 +195,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if not args.prior:
-        parser.check_unused(args, (*cli.SAMPLING, "classifier", "seed"), "is used with --prior alone, add it")
+        parser.check_unused(args, (*cli.SAMPLING, "classifier", "seed"), "is used only with --prior, add it")
     with parser.bad_input_in_one_line():
         measure(args)
 

@@ -43,7 +43,7 @@ def get_parser():
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
-                       help="draw this class alone, by its number or its name (default: as many of each)")
+                       help="draw only this class, by its number or its name (default: as many of each)")
     return parser
 
 
@@ -148,7 +148,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     if args.input != "prior":
-        parser.check_unused(args, (*cli.SAMPLING, "label"), "is used with --input prior alone, add it")
+        parser.check_unused(args, (*cli.SAMPLING, "label"), "is used only with --input prior, add it")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
     if args.input not in ("test", "MNIST"):

@@ -116,7 +116,7 @@ class CodePrior(nn.Module):
     def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
         """Code maps (B, h, w) drawn one code after the other for labels (B,); class num_classes means none.
 
-        temperature divides the logits; top_k keeps the most probable codes alone; guidance 1 samples
+        temperature divides the logits; top_k keeps only the most probable codes; guidance 1 samples
         p(map | label), a larger one moves away from p(map). In evaluation mode whatever the mode is.
         Raises ValueError for a label out of range, temperature ≤ 0 or top_k < 1.
         """
