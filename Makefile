@@ -26,7 +26,7 @@ models/$(NAME)/trained: $(CODE) | .venv/ready
 	@touch $@
 
 test: .venv/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The stamp comes last, so that an installation that broke off starts again.
 .venv/ready: requirements.txt
