@@ -218,7 +218,7 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
              "belongs to another VQ-VAE than other.pt"),
             ("generate.py", ["--model", "models/run/prior.pt", *prior], "not a checkpoint of a VQ-VAE"),
             ("generate.py", [*model, "--label", "3"], "--label 3: is used only with --input prior"),
-            ("generate.py", [*model, "--input", "random", "--temperature", "0.5"], "--temperature 0.5: is used only with"),
+            ("generate.py", [*model, "--input", "random", "--temperature", "0.5"], "--temperature 0.5: is used only"),
             ("evaluate.py", [*model, "--guidance", "2"], "--guidance 2.0: is used only with --prior"),
             ("evaluate.py", [*model, "--prior", "no.pt"], "--prior no.pt: No such file"),
             ("evaluate.py", ["--model", "other.pt", "--prior", "models/run/prior.pt"], "another VQ-VAE than other.pt"),
