@@ -4,6 +4,7 @@ Started in any other way a script is the only process of its training, and then 
 of a batch is image i // N of process i % N, so that the batches of N processes, put together, are those of one.
 """
 
+import gc
 import hashlib
 import os
 import shlex
@@ -70,6 +71,9 @@ def joined():
         raise ValueError(f"the processes cannot reach each other: {first_line(error)}") from error
     with open(os.devnull, "w") as nowhere, nullcontext() if leads() else redirect_stdout(nowhere):
         yield
+    # A training is a cycle of references. With its DistributedDataParallel, which holds the group, it has to be gone
+    # before the interpreter is: the group's threads, should they outlive it, may abort the process.
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +298,19 @@ def test_one_that_dies_ends_the_run_and_it_goes_on_exactly(children, uneven_fold
 
 
 # ---------------------------------------------------------------- bad input
+
+def train_and_look_for_threads(script, *arguments):
+    import_script(script).main([str(argument) for argument in arguments])
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert not any("gloo" in name for name in names), names
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads have no names here")
+def test_the_groups_threads_end_before_the_interpreter_which_they_may_abort(children, mnist_folder, tmp_path):
+    codes, said = in_processes(children, 2, tmp_path, train_and_look_for_threads, *VQVAE, "--data-folder",
+                               mnist_folder)
+    assert codes == [0, 0], said
+
 
 def main_of_each(arguments, more=()):
     """VQ-VAE.py's main(), with more arguments for the second process."""
