@@ -2,7 +2,7 @@
 
 The second stage of the paper (section 3.3): the VQ-VAE is frozen, its code maps of the training set are learned by a
 transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped one,
-whose prior it replaces with --overwrite alone.
+whose prior it replaces only with --overwrite.
 """
 
 import math

@@ -171,7 +171,7 @@ class VectorQuantizer(nn.Module):
     codes on the latents of the first training batch, `uniform` draws them from ±1/K.
     restart_after: a code that no latent chose for that many training steps moves onto a random
     latent of the current batch; 0 means never. K-means and restarts are not in the paper
-    (references.txt says whence they are). What the quantizer remembers stands in buffers, so
+    (references.txt names their sources). What the quantizer remembers stands in buffers, so
     that a state_dict carries it. In evaluation mode nothing changes. Where torch.distributed has a
     group, each process brings as many images of the batch, and the codebook learns from all of them.
     Raises ValueError for another codebook_update or codebook_init.
