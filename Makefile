@@ -1,12 +1,13 @@
-# make        train on the bundled digits, write three grids of digits, say where everything is
-# make test   run the tests
-# Both set up .venv first, once. With another Python: make PYTHON=python3.12
+# make                  train on the bundled digits, write three grids of digits, say where everything is
+# make test             run the tests
+# make test-processors  run those that depend on rounding again, as on two other kinds of processor
+# All set up .venv first, once. With another Python: make PYTHON=python3.12
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := VQ-VAE.py arguments.py checkpoint.py classifier.py cli.py data.py downloads.py fast.py files.py \
-	image_folder.py metrics.py modules.py prior.py processes.py resume.py tracking.py vector_quantizer.py
+CODE := $(wildcard *.py utils/*.py)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 all: models/$(NAME)/trained
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed
@@ -26,7 +27,13 @@ models/$(NAME)/trained: $(CODE) | .venv/ready
 	@touch $@
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+# torch and its libraries for vectors, convolutions and products of matrices are told to use fewer instructions.
+test-processors: .venv/ready
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE \
+		$(PYTEST) -m rounding
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) -m rounding
 
 # The stamp comes last, so that an installation that broke off starts again.
 .venv/ready: requirements.txt
@@ -36,4 +43,4 @@ test: .venv/ready
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-.PHONY: all test
+.PHONY: all test test-processors

@@ -3,39 +3,16 @@
 Writes models/NAME (checkpoints, arguments, a text track) and logs/NAME (TensorBoard).
 """
 
-import json
-import os
-import platform
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-import torchvision
-from torch.optim import lr_scheduler
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
 import arguments
-import checkpoint
 import cli
-import data
-import fast
-import files
-import processes
-import resume
-import tracking
-from metrics import evaluate, perplexity
-from modules import Losses, VectorQuantizedVAE, vqvae_losses
-from vector_quantizer import CODEBOOK_INITS, CODEBOOK_UPDATES
 
-SHOWN_IMAGES = 64           # test images in TensorBoard
-
-# From the optimizer and the number of steps. --lr is the highest rate of each.
-SCHEDULES = {
-    "constant": lambda optimizer, steps: lr_scheduler.ConstantLR(optimizer, factor=1),
-    "cosine": lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
-    "onecycle": lambda optimizer, steps: lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps,
-                                                                 cycle_momentum=False),
-}
+LARGEST_SIDE = 512          # pixels
+SCHEDULES = "constant", "cosine", "onecycle"
+CODEBOOK_UPDATES, CODEBOOK_INITS = ("gradient", "ema"), ("kmeans", "uniform")
 
 
 def get_parser():
@@ -43,12 +20,12 @@ def get_parser():
     shown = "(default: %(default)s)"
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", type=arguments.one_of(*data.DATASETS), default="MNIST", metavar="NAME",
-                       help=f"{', '.join(data.DATASETS)}; MNIST-10k are the 10,000 digits in MNIST/ that need no "
+    group.add_argument("--dataset", type=arguments.one_of(*arguments.DATASETS), default="MNIST", metavar="NAME",
+                       help=f"{', '.join(arguments.DATASETS)}; MNIST-10k are the 10,000 digits in MNIST/ that need no "
                             f"download, folder is any folder of images {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
-    group.add_argument("--image-size", type=arguments.multiple_of_4(checkpoint.LARGEST_SIDE), default=64, metavar="S",
+    group.add_argument("--image-size", type=arguments.multiple_of_4(LARGEST_SIDE), default=64, metavar="S",
                        help=f"with --dataset folder: images become S×S pixels, S is a multiple of 4 {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
@@ -91,6 +68,41 @@ def get_parser():
     return parser
 
 
+def parse_arguments(argv=None):
+    """The parser and its arguments, held against each other."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.dataset != arguments.DATASETS[-1] and not args.resume:
+        parser.check_unused(args, ("image_size", "channels"), "is used only with --dataset folder, add it")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import lr_scheduler
+
+import checkpoint
+import data
+import fast
+import files
+import inputs
+import processes
+import resume
+import tracking
+from metrics import evaluate, perplexity
+from modules import Losses, VectorQuantizedVAE, vqvae_losses
+
+SHOWN_IMAGES = 64           # test images in TensorBoard
+
+
 # ---------------------------------------------------------------- the run's folders
 
 def check_folders(args, models, logs, last):
@@ -117,11 +129,9 @@ def prepare_folders(models, logs):
     tracking.remove_logs(logs)
 
 
-def settings(args):
-    """The arguments and the versions that a run's figures come from, as plain values."""
-    return {**vars(args), "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                       "torchvision": torchvision.__version__},
-            "processes": processes.count(), "threads": torch.get_num_threads()}
+def settings(run):
+    """The arguments and the environments that a run's figures come from, as plain values."""
+    return {**vars(run.args), "bfloat16": run.bfloat16, "environments": run.environments}
 
 
 def hparams(args):
@@ -136,6 +146,15 @@ def be_deterministic(device):
     if device.startswith("cuda"):       # on the CPU the same seed gives the same run by itself
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def make_schedule(name, optimizer, lr, steps):
+    """The learning rate over so many steps; lr is its highest value."""
+    if name == "onecycle":
+        return lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
+    if name == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
 def build_model(config, device):
@@ -172,7 +191,7 @@ class Run(resume.Run):
         processes.use_device(args.device)
         with cli.named("--batch-size", args.batch_size):
             self.share = processes.split(args.batch_size, fixed=args.resume)
-        train_set, self.test_set = cli.load_data(
+        train_set, self.test_set = inputs.load_data(
             args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
         on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
         if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
@@ -194,7 +213,7 @@ class Run(resume.Run):
         model = build_model(config, args.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
         steps = len(self.train_batches)
-        schedule = SCHEDULES[args.lr_schedule](optimizer, args.num_epochs * steps)
+        schedule = make_schedule(args.lr_schedule, optimizer, args.lr, args.num_epochs * steps)
         super().__init__(args, about, model, optimizer, schedule, generator, steps, len(train_set),
                          Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
                          counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
@@ -205,6 +224,12 @@ class Run(resume.Run):
         with self.autocast():
             output = self.model(x)
             return vqvae_losses(x, output, self.args.beta), output.indices.flatten()
+
+    def probe_batch(self, count):
+        return (self.shown[:count],)
+
+    def probe_loss(self, model, x):
+        return vqvae_losses(x, model(x), self.args.beta).total
 
     def take_steps(self, writer, bar):
         """The steps of the epoch that are not done yet. Yields after each of them, so that the run can be saved."""
@@ -275,12 +300,13 @@ def write_beginning(args, run, models, logs):
     else:
         files.check_free((models,), args.overwrite)         # another run may have been faster
         prepare_folders(models, logs)
-    files.write_whole(models / "args.json", json.dumps(settings(args), indent=2).encode())
+    files.write_whole(models / "args.json", json.dumps(settings(run), indent=2).encode())
     tracking.write_track(models / tracking.TRACK, run.progress.track)
 
 
 def train(args, parser, argv):
     """Train from the start, or with --resume from where last.pt stands."""
+    args.device = inputs.find_device(args.device)
     models, logs = Path("models", args.output_folder), Path("logs", args.output_folder)
     last, flag = models / "last.pt", f"--output-folder {args.output_folder}"
     command = processes.command("VQ-VAE.py", "--resume", "--output-folder", args.output_folder)
@@ -293,11 +319,14 @@ def train(args, parser, argv):
             with cli.named("--resume", last):
                 _, saved = checkpoint.load_model(last)
                 args = parser.continued(args, argv, saved)
+                args.device = inputs.find_device(args.device)
                 run = Run(args, saved)
                 run.go_on(saved)
         else:
             run = Run(args)
         run.check_alike()
+        if not args.resume:
+            run.choose_precision()
         if processes.leads():
             with cli.named("--output-folder", args.output_folder):
                 write_beginning(args, run, models, logs)
@@ -306,13 +335,13 @@ def train(args, parser, argv):
               + processes.told() + (f", from step {run.progress.step:,} on." if args.resume else "."))
         print(*run.progress.track, sep="\n", flush=True)
         start = time.perf_counter()
-        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), one(
+        with resume.Signals() as signals, resume.kept(last, command, args.batch_size), one(
                 tracking.opened(logs)) as writer:
             if not args.resume and processes.leads():
                 tracking.log_images(writer, run.model, run.shown, epoch=0)
             run.learn(writer, last, signals)
     if not run.finished():
-        cli.stop(signals.received, run.progress, last, command)
+        resume.stop(signals.received, run.progress, last, command)
     print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {run.progress.best:.4f}, "
           f"in epoch {run.progress.best_epoch}.\n"
           f"  checkpoint  {models / 'best.pt'}\n  track       {models / tracking.TRACK}\n  logs        {logs}\n"
@@ -321,10 +350,7 @@ def train(args, parser, argv):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if args.dataset != data.FOLDER and not args.resume:
-        parser.check_unused(args, ("image_size", "channels"), "is used only with --dataset folder, add it")
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line(), processes.joined():
         train(args, parser, argv)
 

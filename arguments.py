@@ -1,13 +1,17 @@
-"""Types for add_argument(), which say what is wrong with a value in one line."""
+"""Types for add_argument(), which say what is wrong with a value in one line. They need no torch."""
 
 import argparse
+import difflib
 import math
 import re
 from pathlib import Path
 
-import torch
-
 DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
+# What data.load() takes; folder is any folder of images.
+DATASETS = ("MNIST-10k", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-byclass", "EMNIST-bymerge",
+            "EMNIST-balanced", "EMNIST-letters", "EMNIST-digits", "EMNIST-mnist", "CIFAR10", "SVHN", "folder")
+# Of digits as MNIST's, which a classifier of digits can learn from.
+DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
 
 
 def whole_number(minimum, maximum=2**63 - 1):
@@ -56,8 +60,16 @@ def one_of(*names):
         for name in names:
             if text.lower() == name.lower():
                 return name
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {', '.join(names)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: {did_you_mean(text, names)}"
+                                         f"choose from {', '.join(names)}")
     return convert
+
+
+def did_you_mean(text, names):
+    """The name that is most like the text, as the beginning of a message; nothing where none is like it."""
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(text.lower(), lower, n=1)
+    return f"did you mean {lower[close[0]]}? " if close else ""
 
 
 def name_inside(folder):
@@ -79,21 +91,7 @@ def file_name(text):
 
 
 def device(text):
-    """A type for devices that this machine has: cpu, cuda, cuda:1, …, mps, and auto for the best of them."""
-    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", text)
-    if not match:
+    """A type for the names of devices. Whether this machine has the device, speed.find_device() knows."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
-    if text == "auto":
-        # What was chosen is what a run remembers: on another machine it does not go on elsewhere unasked.
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if text == "mps" and not torch.backends.mps.is_available():
-        raise argparse.ArgumentTypeError("'mps' finds no Apple GPU: use --device cpu; a Mac with Apple silicon and "
-                                         "a build of torch for it are needed")
-    if text.startswith("cuda") and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} finds no CUDA GPU: use --device cpu, or on Colab choose "
-            "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
-    if match[1] and int(match[1]) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not there: this machine has cuda:0 "
-                                         f"to cuda:{torch.cuda.device_count() - 1}")
     return text

@@ -1,22 +1,14 @@
-"""What the scripts share: flags, the model and the data that they name, and bad input told in one line with exit
-status 2.
+"""What the scripts share: flags, and bad input told in one line with exit status 2. It needs no torch, so that --help
+and a mistyped flag are answered at once.
 """
 
 import argparse
-import multiprocessing
 import os
 import signal
-import sys
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-
-import torch
+from contextlib import contextmanager
 
 import arguments
-import checkpoint
-import data
-import files
-import processes
+from utils import interrupt
 
 LONGEST_LINE = 2000         # characters of a message; what a damaged file says can be of any length
 NAMES_THE_RUN = ("help", "output_folder", "model", "resume", "overwrite")
@@ -30,11 +22,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def error(self, message):
-        if not processes.speaks():
-            self.exit(2)
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            hint = arguments.did_you_mean(flag, self._option_string_actions) or "--help lists the flags"
+            self.error(f"{flag} is unknown: {hint.strip()}")
+        return parsed
+
+    def error(self, message, report=None):
+        """End with status 2 and the message in one line.
+
+        report: whether this process says it. Before a group of processes has formed, all have the same command line,
+        and the first one of each machine does.
+        """
+        if report is None:
+            report = os.environ.get("LOCAL_RANK", "0") == "0"
         line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + ' …'}\n")
+        line = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " …"
+        self.exit(2, f"{self.prog}: error: {line}\n" if report else None)
 
     def check_unused(self, args, names, reason):
         """Complain if one of the named arguments was given a value that nothing would look at."""
@@ -80,23 +86,28 @@ class Parser(argparse.ArgumentParser):
     @contextmanager
     def bad_input_in_one_line(self):
         """The one place where what the modules raise about bad input becomes a message."""
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            self.error(describe(error))
-        except RuntimeError as error:
-            if not processes.lost(error):
-                raise
-            self.error(processes.why_lost(error))
-        except KeyboardInterrupt:
-            self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
-        finally:
-            end_workers()
+        import processes  # with torch, which the script has imported by now
+
+        with interrupt.as_exception():
+            try:
+                yield
+            except (OSError, ValueError) as error:
+                self.error(describe(error), processes.speaks())
+            except RuntimeError as error:
+                if not processes.lost(error):
+                    raise
+                self.error(processes.why_lost(error), processes.speaks())
+            except KeyboardInterrupt:
+                self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
+            finally:
+                end_workers()
 
 
 def end_workers():
     """End the processes that load batches, if an error has left some: they ignore the signal that asks them to."""
-    children = multiprocessing.active_children()
+    import multiprocessing
+
+    children = [child for child in multiprocessing.active_children() if child.daemon]       # as torch starts them
     if children and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would complain
     for child in children:
@@ -151,32 +162,6 @@ def add_run_arguments(group, what):
                         help=f"replace {what} (default: leave it untouched and stop)")
 
 
-@contextmanager
-def kept(last, command, batch_size):
-    """Say what is left, and how to go on with it, after an error of the system that ends a training."""
-    def stopped(why):
-        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
-        return ValueError(f"{why}; the training has stopped, {left}")
-
-    try:
-        yield
-    except OSError as error:
-        raise stopped(describe(error)) from error
-    except RuntimeError as error:       # torch's way to say that memory is short, and much else
-        if processes.lost(error):
-            raise stopped(processes.why_lost(error)) from error
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
-
-
-def stop(number, progress, last, command):
-    """End the script as the signal `number` asks, saying how to go on."""
-    print(f"Stopped by {signal.Signals(number).name} in epoch {progress.epoch}, after step {progress.step:,}; "
-          f"{last} holds all of it. To go on:\n  {command}")
-    raise SystemExit(128 + number)
-
-
 # ---------------------------------------------------------------- a trained model and its test set
 
 def add_model_arguments(parser):
@@ -187,8 +172,8 @@ def add_model_arguments(parser):
                              "(default: the shipped model, pretrained/vqvae.pt)")
     parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
                         help=f"{arguments.DEVICES} {shown}")
-    parser.add_argument("--dataset", type=arguments.one_of(*data.DATASETS), metavar="NAME",
-                        help=f"{', '.join(data.DATASETS)} (default: the one that the model was trained on)")
+    parser.add_argument("--dataset", type=arguments.one_of(*arguments.DATASETS), metavar="NAME",
+                        help=f"{', '.join(arguments.DATASETS)} (default: the one that the model was trained on)")
     parser.add_argument("--data-folder", metavar="PATH",
                         help="where the data set is, or is downloaded to once "
                              "(default: that of the model's own image folder, MNIST for the others)")
@@ -198,37 +183,6 @@ def add_model_arguments(parser):
                         help="size of a latent vector (default: read from the model's file)")
     parser.add_argument("--k", type=arguments.whole_number(1), metavar="K",
                         help="number of codes (default: read from the model's file)")
-
-
-def open_model(args):
-    """The model that the arguments name, else the shipped one. → model, its checkpoint, its path."""
-    shipped = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
-    path = args.model or shipped
-    with named("--model", path):
-        model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
-    if not args.model and processes.leads():
-        print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
-    return model, contents, path
-
-
-def open_data(args, contents):
-    """The data that the arguments name, else those of the checkpoint. → name, training and test set."""
-    own = contents["dataset"]
-    name = args.dataset or own["name"]
-    folder = args.data_folder or (own.get("folder", "MNIST") if name == own["name"] else "MNIST")
-    return name, *load_data(name, folder, own["shape"], args.num_workers)
-
-
-def load_data(name, folder, shape, num_workers):
-    """data.load(), which says whose fault it is, and which files of an image folder it leaves out."""
-    ahead = nullcontext() if name == data.FOLDER else processes.first_goes_ahead()
-    with named(f"--dataset {name} --data-folder", folder), ahead:
-        train_set, test_set = data.load(name, folder, shape, num_workers)
-    left_out = train_set.left_out
-    if left_out and processes.leads():
-        print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
-              f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
-    return train_set, test_set
 
 
 def add_sampling_arguments(parser, without):
@@ -250,25 +204,3 @@ SAMPLING = ("prior", "temperature", "top_k", "guidance")
 def sampling(args):
     """The arguments of CodePrior.sample() that add_sampling_arguments() reads."""
     return {name: getattr(args, name) for name in SAMPLING[1:]}
-
-
-def open_prior(args, model_path):
-    """The prior that the arguments name, else the one beside the model at model_path. → prior, classes, its path."""
-    path = args.prior or str(Path(model_path).with_name("prior.pt"))
-    with named("--prior", path):
-        prior, contents = checkpoint.load_prior(path, model_path, args.device)
-        return prior, contents.get("classes", list(data.DIGITS)), path
-
-
-def check_target(path, kind, overwrite, otherwise=""):
-    """Raise ValueError if a checkpoint of a kind could not be written to path. Touches nothing.
-
-    One that stands there is replaced with --overwrite alone, and no file of another kind is.
-    otherwise: what else may be done then, for the message.
-    """
-    if path.is_file():
-        if not overwrite:
-            raise ValueError(f"{path} is there already: replace it with --overwrite{otherwise}")
-        with named("--overwrite", path):
-            checkpoint.check_kind(path, kind)
-    files.check_writable(path)

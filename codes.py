@@ -4,26 +4,12 @@ And back: python3 codes.py --decode codes.npz --output images.npz turns them int
 the shipped one.
 """
 
-import io
-import math
-import zipfile
-from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
 import arguments
-import checkpoint
 import cli
-import data
-import files
-import quality
-from files import write_whole
-from metrics import at_once, code_maps
-
-# What a file of codes holds.
-ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_names", "part", "model_sha256")
 
 
 def get_parser():
@@ -39,6 +25,40 @@ def get_parser():
     parser.add_argument("--overwrite", action="store_true",
                         help="replace such a file at --output (default: leave it untouched and stop)")
     return parser
+
+
+def parse_arguments(argv=None):
+    """The parser and its arguments, held against each other."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.decode:
+        parser.check_unused(args, ("dataset", "data_folder", "num_workers", "part"),
+                            "is used only to encode, leave out --decode")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import io
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import files
+import inputs
+import quality
+from files import write_whole
+from metrics import at_once, code_maps
+
+# What a file of codes holds.
+ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_names", "part", "model_sha256")
 
 
 # ---------------------------------------------------------------- files
@@ -119,10 +139,11 @@ def decode(model, indices, device):
 
 
 def run(args):
+    args.device = inputs.find_device(args.device)
     output = Path(args.output)
     with cli.named("--output", output):
         check_output(output, "images" if args.decode else "indices", args.overwrite)
-    model, contents, path = cli.open_model(args)
+    model, contents, path = inputs.open_model(args)
     sha256 = checkpoint.sha256(path)
     if args.decode:
         with cli.named("--decode", args.decode):
@@ -131,7 +152,7 @@ def run(args):
                   "model_sha256": sha256}
         said = f"{len(arrays['images']):,} images"
     else:
-        name, *parts = cli.open_data(args, contents)
+        name, *parts = inputs.open_data(args, contents)
         dataset = parts[args.part == "test"]
         with cli.named(f"--model {path} --dataset", name):
             indices, labels = encode(model, dataset, args)
@@ -146,11 +167,7 @@ def run(args):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if args.decode:
-        parser.check_unused(args, ("dataset", "data_folder", "num_workers", "part"),
-                            "is used only to encode, leave out --decode")
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         run(args)
 

@@ -3,6 +3,7 @@
 Letters: N images, B of them in a batch, C channels, H×W pixels.
 """
 
+import math
 import os
 import signal
 import zipfile
@@ -11,20 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
-import downloads
 import image_folder
 import processes
+from arguments import DATASETS
 
 BUNDLED = Path(__file__).resolve().parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
-FOLDER = "folder"               # the data set that is any folder of images
-DIGITS = downloads.DIGITS
-DATASETS = "MNIST-10k", *downloads.SOURCES, FOLDER
-# Of digits as MNIST's, which a classifier of digits can learn from.
-DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
+FOLDER = DATASETS[-1]           # the data set that is any folder of images
+DIGITS = tuple("0123456789")
 
 
 class Images(Dataset):
@@ -89,6 +88,18 @@ def to_unit_range(images):
     return ((images + 1) / 2).clamp(0, 1)
 
 
+def grid(images, columns=8, padding=2):
+    """Images (B, C, H, W) in [-1, 1] as one picture (3, ...) in [0, 1], row by row on black; a single one as it is."""
+    images, B = to_unit_range(images), len(images)
+    if B == 1:
+        return images[0].expand(3, -1, -1)
+    columns, rows = min(columns, B), math.ceil(B / columns)
+    cells = F.pad(images, (padding, 0, padding, 0))                   # (B, C, H + padding, W + padding)
+    cells = torch.cat([cells, torch.zeros_like(cells[:1]).expand(rows * columns - B, -1, -1, -1)])
+    picture = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return F.pad(picture, (0, padding, 0, padding)).expand(3, -1, -1)
+
+
 def load(name, folder, shape=None, num_workers=0):
     """The data set `name`, one of DATASETS, as (training set, test set), each Images or ImageFiles.
 
@@ -106,6 +117,8 @@ def load(name, folder, shape=None, num_workers=0):
         return tuple(sets)
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    import downloads  # with torchvision, which takes as long to import as torch: here alone it is needed
+
     return tuple(Images(*part, downloads.SOURCES[name].classes) for part in downloads.load(name, Path(folder)))
 
 

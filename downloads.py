@@ -15,7 +15,8 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_sn3_pascalvincent_tensor
 
-DIGITS = tuple("0123456789")
+from data import DIGITS
+
 DOWNLOAD_TIMEOUT = 30           # seconds without an answer
 
 

@@ -4,23 +4,14 @@ With --prior models/NAME/prior.pt also the prior, and the digits drawn from it. 
 shipped one, whose prior is pretrained/prior.pt.
 """
 
-import json
-import math
-import os
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
+
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 import arguments
-import checkpoint
 import cli
-import data
-import quality
-from files import write_whole
-from metrics import at_once, code_maps, evaluate, nats_per_code, perplexity
-
-SAMPLES = 10_000                # as many of each class
 
 
 def get_parser():
@@ -35,6 +26,35 @@ def get_parser():
     group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
                        help="seed of the digits drawn (default: %(default)s)")
     return parser
+
+
+def parse_arguments(argv=None):
+    """The parser and its arguments, held against each other."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if not args.prior:
+        parser.check_unused(args, (*cli.SAMPLING, "classifier", "seed"), "is used only with --prior, add it")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import json
+import math
+import os
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import inputs
+import quality
+from files import write_whole
+from metrics import at_once, code_maps, evaluate, nats_per_code, perplexity
+
+SAMPLES = 10_000                # as many of each class
 
 
 def figures(model, test_set, args):
@@ -166,14 +186,15 @@ def write_json(path, contents):
 
 
 def measure(args):
+    args.device = inputs.find_device(args.device)
     if args.json:
         with cli.named("--json", args.json):
             check_json(args.json, (args.model or checkpoint.PRETRAINED, args.classifier or checkpoint.CLASSIFIER,
                                    *([args.prior] if args.prior else [])))
-    model, contents, path = cli.open_model(args)
+    model, contents, path = inputs.open_model(args)
     if args.prior:
-        prior, classes, prior_path = cli.open_prior(args, path)
-    dataset, train_set, test_set = cli.open_data(args, contents)
+        prior, classes, prior_path = inputs.open_prior(args, path)
+    dataset, train_set, test_set = inputs.open_data(args, contents)
     if args.prior:
         classifier = open_classifier(args, data.are_digits(data.describe(dataset, "", test_set)))
         if (classes, [4 * prior.height, 4 * prior.width]) != (test_set.classes, test_set.shape[1:]):
@@ -192,10 +213,7 @@ def measure(args):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if not args.prior:
-        parser.check_unused(args, (*cli.SAMPLING, "classifier", "seed"), "is used only with --prior, add it")
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         measure(args)
 

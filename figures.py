@@ -4,22 +4,15 @@ Writes digits-by-epoch.png, digits-by-epoch.gif and losses.png of one run, and c
 the published codebook (uniform, no restarts) beside one with this repository's.
 """
 
-import io
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
+
 from pathlib import Path
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import cli
-from tracking import IMAGE_PADDING, SHOWN_IN_A_ROW
 
 LOGS = Path("logs_VQ-VAE")
-ROWS = 2                        # of TensorBoard's grid of digits, for each epoch of the still picture
-FRAME_MS = 700
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # told apart with any colour vision
 
 
 def get_parser():
@@ -34,6 +27,30 @@ def get_parser():
     parser.add_argument("--folder", type=Path, default=Path("readme_images"), metavar="PATH",
                         help=f"where the pictures go; made if it is not there {shown}")
     return parser
+
+
+def parse_arguments(argv=None):
+    """The parser and its arguments."""
+    parser = get_parser()
+    return parser, parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before the rest is imported, which takes seconds
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tracking import IMAGE_PADDING, SHOWN_IN_A_ROW
+
+ROWS = 2                        # of TensorBoard's grid of digits, for each epoch of the still picture
+FRAME_MS = 700
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # told apart with any colour vision
 
 
 # ---------------------------------------------------------------- reading the logs
@@ -146,8 +163,7 @@ def draw(args):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         draw(args)
 

@@ -6,20 +6,15 @@ prior, as many of each class (of digits, row i is the digit i), and `--input ran
 Without --model it uses the shipped one.
 """
 
-import argparse
-import io
-import sys
-from pathlib import Path
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
-import torch
-from torchvision.utils import save_image
+import argparse
+from pathlib import Path
 
 import arguments
 import cli
-import data
-import image_folder
-import quality
-from files import write_whole
 
 ROWS = 10
 INPUTS = "test", "MNIST", "random", "prior"          # MNIST is the published name of the first
@@ -55,9 +50,43 @@ def what_to_draw(text):
         return Path(arguments.file_name(text))
 
 
+def parse_arguments(argv=None):
+    """The parser and its arguments, held against each other."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.input != "prior":
+        parser.check_unused(args, (*cli.SAMPLING, "label"), "is used only with --input prior, add it")
+    if args.input in ("random", "prior"):
+        parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
+    if args.input not in ("test", "MNIST"):
+        parser.check_unused(args, ("dataset", "data_folder", "num_workers"),
+                            f"is used with --input test, not with {args.input}")
+    if isinstance(args.input, Path) and not args.input.exists():
+        hint = arguments.did_you_mean(str(args.input), INPUTS).strip()
+        parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder"
+                     + f": {hint}" * bool(hint))
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import io
+import sys
+
+import torch
+from PIL import Image
+
+import data
+import image_folder
+import inputs
+import quality
+from files import write_whole
+
+
 def test_images(args, contents, path, generator):
     """100 images of the test set, chosen by generator: uint8 (100, C, H, W), and the data set's name."""
-    dataset, _, test_set = cli.open_data(args, contents)
+    dataset, _, test_set = inputs.open_data(args, contents)
     if test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
                          f"those of the data set {test_set.shape}")
@@ -93,7 +122,7 @@ def interleaved(originals, reconstructions):
 
 def draw(path, generator, args):
     """100 code maps (100, h, w) from the prior: as many of each class, or all of them args.label."""
-    prior, classes, _ = cli.open_prior(args, path)
+    prior, classes, _ = inputs.open_prior(args, path)
     labels = quality.spread_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
@@ -112,7 +141,8 @@ def class_number(text, classes):
 
 @torch.no_grad()
 def generate(args):
-    model, contents, path = cli.open_model(args)
+    args.device = inputs.find_device(args.device)
+    model, contents, path = inputs.open_model(args)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     shape, name = contents["dataset"]["shape"], args.input
     if args.input in ("random", "prior"):
@@ -139,23 +169,14 @@ def generate(args):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         columns = len(images) // 2 if args.originals else ROWS
-        save_image(data.to_unit_range(images), picture, format="png", nrow=min(ROWS, columns))
+        pixels = data.grid(images.cpu(), min(ROWS, columns)).mul(255).round().byte()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, format="png")
         write_whole(path, picture.getbuffer())
     print(path)
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
-    if args.input != "prior":
-        parser.check_unused(args, (*cli.SAMPLING, "label"), "is used only with --input prior, add it")
-    if args.input in ("random", "prior"):
-        parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
-    if args.input not in ("test", "MNIST"):
-        parser.check_unused(args, ("dataset", "data_folder", "num_workers"),
-                            f"is used with --input test, not with {args.input}")
-    if isinstance(args.input, Path) and not args.input.exists():
-        parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder")
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         generate(args)
 

@@ -1,12 +1,16 @@
 """A training that can stop after any step and go on as if it had not: what is written down for that, and read back."""
 
+import copy
 import math
+import platform
 import random
 import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -15,10 +19,13 @@ from tqdm import tqdm
 import checkpoint
 import fast
 import processes
+from cli import describe
 
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
 ADVICE = "try a lower rate; what was saved is from before"
+ROUNDING = "torch", "processor", "threads", "processes"          # of an environment: what its rounding depends on
 MOST_STEPS = 10**7      # that a run can go on after: the schedule takes them again
+PROBE_IMAGES = 8        # in the steps that are measured before a training
 HERE = "data_folder", "num_workers", "device"        # arguments that may be another machine's own
 
 
@@ -66,6 +73,8 @@ class Run:
     def __init__(self, args, about, model, optimizer, schedule, generator, steps, images, progress=Progress, **more):
         self.args, self.about, self.model, self.optimizer, self.schedule = args, about, model, optimizer, schedule
         self.generator = generator                                    # of the data's order
+        self.bfloat16 = args.amp                                      # until choose_precision()
+        self.environments = [environment()]                           # of each start, the first one first
         self.steps, self.images = steps, images                       # of an epoch
         fast.keep_freed_memory()
         L = len(self.losses)
@@ -89,9 +98,20 @@ class Run:
         """
         return own if processes.count() == 1 else min(self.args.batch_size, self.images - self.progress.images)
 
+    def choose_precision(self):
+        """With --amp, find out whether bfloat16 is faster on this device, and print what the steps are taken in."""
+        if not self.args.amp:
+            return
+        # A copy, so that nothing is learned; in evaluation mode, so that no other process is waited for.
+        model = copy.deepcopy(self.model).eval()
+        batch = self.probe_batch(min(PROBE_IMAGES, self.args.batch_size))
+        chosen, said = fast.choose_bfloat16(lambda: self.probe_loss(model, *batch).backward(), self.args.device)
+        self.bfloat16 = -processes.highest(-chosen) == 1            # in all processes or in none
+        print(said)
+
     def autocast(self):
-        """With --amp the products and convolutions inside are taken in bfloat16."""
-        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
+        """Where --amp has been found to help, the products and convolutions inside are taken in bfloat16."""
+        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.bfloat16)
 
     def check_alike(self):
         """Raise ValueError if the processes of a training do not all bring the same settings, data and state."""
@@ -140,7 +160,18 @@ class Run:
             **self.about, "model": self.model.state_dict(), "epoch": self.progress.epoch - 1,
             "step": self.progress.step, "training": {
                 "settings": vars(self.args), "progress": vars(self.progress), "random": random_states(),
-                "optimizer": self.optimizer.state_dict()["state"]}})
+                "optimizer": self.optimizer.state_dict()["state"], "bfloat16": self.bfloat16,
+                "environments": self.environments}})
+
+    def note_environment(self):
+        """Keep the present environment if it is not the last one, and print what else may round differently now."""
+        before, now = self.environments[-1] if self.environments else {}, environment(self.progress.step)
+        changed = [name for name in ROUNDING if before and now[name] != before[name]]
+        if changed or not before:
+            self.environments.append(now)
+        if changed:
+            print(f"Resumed with {', '.join(f'{name} {now[name]} (before: {before[name]})' for name in changed)}: "
+                  "the result can differ by rounding from that of an unbroken run.")
 
     def finite_losses(self):
         """(n, L), on the CPU: the losses since the latest log. Raises ValueError if one is no finite number.
@@ -185,17 +216,28 @@ class Run:
             _check_averages(self.optimizer)
             self.generator.set_state(progress.order)
             restore_random_states(training["random"])
+            self.bfloat16 = bool(training.get("bfloat16", self.args.amp))       # the first runs did not choose
+            self.environments = [{name: str(one[name])[:100] for name in environment()}
+                                 for one in training.get("environments", [])]
         except Exception as error:      # a damaged file makes torch raise whatever it trips over
             raise ValueError("what it says of the training is damaged or of another version of the code: "
                              f"{type(error).__name__}: {error}") from error
         if progress.epoch > self.args.num_epochs:
             raise ValueError(f"--num-epochs {self.args.num_epochs}: the run ended after epoch {progress.epoch - 1}, "
                              "ask for more")
+        self.note_environment()
         # The schedule takes its steps again: it may be a longer one than at the run's start.
         with warnings.catch_warnings():     # of steps that the optimizer does not take
             warnings.simplefilter("ignore")
             for _ in range(progress.step):
                 self.schedule.step()
+
+
+def environment(step=0):
+    """What the figures of a run come from, and the step from which on it was so, as texts."""
+    return {"from_step": str(step), "python": platform.python_version(), "torchvision": version("torchvision"),
+            "torch": str(torch.__version__), "processor": fast.processor(), "threads": str(torch.get_num_threads()),
+            "processes": str(processes.count())}
 
 
 def check_about(about, saved):
@@ -271,6 +313,32 @@ def restore_random_states(states):
 
 
 # ---------------------------------------------------------------- being asked to stop
+
+@contextmanager
+def kept(last, command, batch_size):
+    """Say what is left, and how to go on with it, after an error of the system that ends a training."""
+    def stopped(why):
+        left = f"{last} is whole, go on with: {command}" if last.is_file() else "nothing had been saved"
+        return ValueError(f"{why}; the training has stopped, {left}")
+
+    try:
+        yield
+    except OSError as error:
+        raise stopped(describe(error)) from error
+    except RuntimeError as error:       # torch's way to say that memory is short, and much else
+        if processes.lost(error):
+            raise stopped(processes.why_lost(error)) from error
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
+
+
+def stop(number, progress, last, command):
+    """End the script as the signal `number` asks, saying how to go on."""
+    print(f"Stopped by {signal.Signals(number).name} in epoch {progress.epoch}, after step {progress.step:,}; "
+          f"{last} holds all of it. To go on:\n  {command}")
+    raise SystemExit(128 + number)
+
 
 class Signals:
     """SIGINT and SIGTERM, kept until the step under way is done: `received` is the first one's number, or None.

@@ -3,6 +3,24 @@
 Each check is a function that takes the device. pytest collects them too, on the CPU.
 """
 
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
+
+import arguments
+import cli
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--device", type=arguments.device, default="cpu",
+                        help=f"{arguments.DEVICES} (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
+
 import sys
 import traceback
 from functools import partial
@@ -10,8 +28,7 @@ from unittest import mock
 
 import torch
 
-import arguments
-import cli
+import inputs
 from modules import ResidualBlock, VectorQuantizedVAE, vqvae_losses
 from vector_quantizer import VectorQuantizer, vq, vq_st
 
@@ -304,11 +321,10 @@ def test_reconstruction_does_not_depend_on_the_batch(device="cpu"):
 
 
 def main(argv=None):
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("--device", type=arguments.device, default="cpu",
-                        help=f"{arguments.DEVICES} (default: %(default)s)")
-    device = parser.parse_args(argv).device
-    failed = 0
+    parser = get_parser()
+    args, failed = parser.parse_args(argv), 0
+    with parser.bad_input_in_one_line():
+        device = inputs.find_device(args.device)
     checks = [check for name, check in globals().items() if name.startswith("test_")]
     for check in checks:
         try:

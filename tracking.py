@@ -17,9 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
-from data import to_unit_range
+from data import grid, to_unit_range
 from files import remove_temporary, write_whole
 from metrics import perplexity
 from modules import Losses
@@ -161,11 +160,6 @@ def log_epoch(writer, epoch, tested, test_counts, train_counts, restarts):
                              global_step=epoch)
 
 
-def grid(images):
-    """Images (B, C, H, W) in [-1, 1] as one picture in [0, 1]."""
-    return make_grid(to_unit_range(images), nrow=SHOWN_IN_A_ROW, padding=IMAGE_PADDING)
-
-
 @torch.no_grad()
 def log_images(writer, model, images, epoch):
     """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too.
@@ -174,12 +168,12 @@ def log_images(writer, model, images, epoch):
     """
     model.eval()
     if epoch == 0:
-        writer.add_image("images/original", grid(images), 0)
+        writer.add_image("images/original", grid(images, SHOWN_IN_A_ROW, IMAGE_PADDING), 0)
         with warnings.catch_warnings():     # its tracer warns of every shape that Python looks at
             warnings.simplefilter("ignore")
             writer.add_graph(model, images[:1])
     reconstruction = model(images).reconstruction
-    writer.add_image("images/reconstruction", grid(reconstruction), epoch)
+    writer.add_image("images/reconstruction", grid(reconstruction, SHOWN_IN_A_ROW, IMAGE_PADDING), epoch)
 
 
 @torch.no_grad()
@@ -212,4 +206,4 @@ def log_prior(writer, epoch, trained, tested, bits_per_pixel, images):
     writer.add_scalar("prior/train", trained, epoch)
     writer.add_scalar("prior/test", tested, epoch)
     writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
-    writer.add_image("prior/samples", make_grid(to_unit_range(images), nrow=10), epoch)
+    writer.add_image("prior/samples", grid(images, columns=10), epoch)

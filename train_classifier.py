@@ -3,31 +3,19 @@
 A small CNN on real digits, slightly turned, scaled and moved. Writes models/NAME.pt and tells its test accuracy.
 """
 
-import math
-import time
-from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
 import arguments
-import checkpoint
 import cli
-import data
-import fast
-from classifier import DigitClassifier
-from metrics import AT_ONCE
-
-TURN, ZOOM, MOVE = math.radians(12), 0.1, 0.1       # at most: radians, of the size, of the half width
-WEIGHT_DECAY = 0.05
 
 
 def get_parser():
     parser = cli.Parser(description=__doc__)
     shown = "(default: %(default)s)"
-    parser.add_argument("--dataset", type=arguments.one_of(*data.DIGIT_SETS), default="MNIST", metavar="NAME",
-                        help=f"{', '.join(data.DIGIT_SETS)} {shown}")
+    parser.add_argument("--dataset", type=arguments.one_of(*arguments.DIGIT_SETS), default="MNIST", metavar="NAME",
+                        help=f"{', '.join(arguments.DIGIT_SETS)} {shown}")
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
                         help=f"where the data set is, or is downloaded to once {shown}")
     parser.add_argument("--output", type=arguments.name_inside("models"), default="classifier", metavar="NAME",
@@ -47,6 +35,34 @@ def get_parser():
     return parser
 
 
+def parse_arguments(argv=None):
+    """The parser and its arguments."""
+    parser = get_parser()
+    return parser, parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import data
+import fast
+import inputs
+from classifier import DigitClassifier
+from metrics import AT_ONCE
+
+TURN, ZOOM, MOVE = math.radians(12), 0.1, 0.1       # at most: radians, of the size, of the half width
+WEIGHT_DECAY = 0.05
+
+
 def augment(x):
     """Images (B, 1, H, W), each turned, scaled and moved a little, by torch's generator."""
     B = len(x)
@@ -58,9 +74,10 @@ def augment(x):
 
 
 def train(args):
+    args.device = inputs.find_device(args.device)
     target = Path("models", f"{args.output}.pt")
     with cli.named("--output", args.output):
-        cli.check_target(target, "classifier", args.overwrite)
+        inputs.check_target(target, "classifier", args.overwrite)
     with cli.named(f"--dataset {args.dataset} --data-folder", args.data_folder):
         train_set, test_set = data.load(args.dataset, args.data_folder)
     torch.manual_seed(args.seed)
@@ -104,8 +121,7 @@ def test_accuracy(model, test_set, device):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         train(args)
 

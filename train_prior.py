@@ -5,33 +5,12 @@ transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Witho
 whose prior it replaces only with --overwrite.
 """
 
-import math
-import time
-from contextlib import nullcontext
-from pathlib import Path
-
-import torch
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
 import arguments
-import checkpoint
 import cli
-import data
-import files
-import processes
-import quality
-import resume
-import tracking
-from metrics import at_once, code_maps, nats_per_code
-from prior import CodePrior
-
-WARM_UP = 0.05                  # of all steps
-WEIGHT_DECAY = 0.1
-BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
-CALIBRATION = 3000              # training maps that calibrate the prior after each epoch
-PATIENCE = 3                    # epochs without a lower test loss, then the training stops
-COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 
 
 def get_parser():
@@ -65,6 +44,43 @@ def get_parser():
     cli.add_speed_arguments(group)
     cli.add_run_arguments(group, "a prior that stands beside the model")
     return parser
+
+
+def parse_arguments(argv=None):
+    """The parser and its arguments."""
+    parser = get_parser()
+    return parser, parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import checkpoint
+import data
+import files
+import inputs
+import processes
+import quality
+import resume
+import tracking
+from metrics import at_once, code_maps, nats_per_code
+from prior import CodePrior
+
+WARM_UP = 0.05                  # of all steps
+WEIGHT_DECAY = 0.1
+BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
+CALIBRATION = 3000              # training maps that calibrate the prior after each epoch
+PATIENCE = 3                    # epochs without a lower test loss, then the training stops
+COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 
 
 # ---------------------------------------------------------------- code maps
@@ -126,7 +142,7 @@ class Run(resume.Run):
         processes.use_device(args.device)
         with cli.named("--batch-size", args.batch_size):
             processes.split(args.batch_size, fixed=args.resume)
-        dataset, self.train_set, self.test_set = cli.open_data(args, contents)
+        dataset, self.train_set, self.test_set = inputs.open_data(args, contents)
         C, H, W = contents["dataset"]["shape"]
         if self.train_set.shape != [C, H, W]:
             raise ValueError(f"--model {path}: its images are {[C, H, W]}, "
@@ -173,6 +189,13 @@ class Run(resume.Run):
         """Nats per code of maps (B, h, w)."""
         with self.autocast():
             return -self.model.log_prob(maps, labels, shifts).mean() / maps[0].numel()
+
+    def probe_batch(self, count):
+        labels = self.train_set.labels[:count].to(self.args.device)
+        return self.train_maps[0, :count].to(self.args.device), labels, torch.zeros_like(labels)
+
+    def probe_loss(self, prior, maps, labels, shifts):
+        return -prior.log_prob(maps, labels, shifts).mean()
 
     def take_steps(self, writer, bar):
         """The steps of the epoch that are not done yet, each image in one of its shifts. Yields after each of them."""
@@ -256,7 +279,7 @@ def check_folders(args, path, target, last, logs):
         if args.resume and not last.is_file():
             raise ValueError(f"there is no {last} to --resume: start anew, with --overwrite if there is a prior")
         for file in () if args.resume else (target, last):
-            cli.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
+            inputs.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
         files.check_writable(target)
         files.check_writable(logs / "events")
 
@@ -280,8 +303,9 @@ def clear(folder, logs):
 
 def train(args, parser, argv):
     """Train from the start, or with --resume from where prior-last.pt stands."""
+    args.device = inputs.find_device(args.device)
     processes.use_device(args.device)
-    vqvae, contents, path = cli.open_model(args)
+    vqvae, contents, path = inputs.open_model(args)
     folder, logs = Path(path).parent, logs_of(Path(path))
     target, last, flag = folder / "prior.pt", folder / "prior-last.pt", f"--model {path}"
     command = processes.command("train_prior.py", "--resume", "--model", path)
@@ -294,6 +318,7 @@ def train(args, parser, argv):
             with cli.named("--resume", last):
                 _, saved = checkpoint.load_prior(last, path)
                 args = parser.continued(args, argv, saved)
+                args.device = inputs.find_device(args.device)
                 run = Run(args, vqvae, contents, path, saved)
                 run.go_on(saved)
                 if run.risen():
@@ -305,15 +330,17 @@ def train(args, parser, argv):
               f"{len(run.test_set):,} to test" + processes.told()
               + (f", from step {run.progress.step:,} on." if args.resume else "."))
         run.encode()
+        if not args.resume:
+            run.choose_precision()
         if processes.leads():
             with cli.named("--model", path):
                 write_beginning(args, run, folder, logs)
         print(*run.progress.track, sep="\n", flush=True)
-        with resume.Signals() as signals, cli.kept(last, command, args.batch_size), one(
+        with resume.Signals() as signals, resume.kept(last, command, args.batch_size), one(
                 tracking.opened(logs, tracking.PRIOR_SUFFIX)) as writer:
             run.learn(writer, last, signals)
     if not run.finished():
-        cli.stop(signals.received, run.progress, last, command)
+        resume.stop(signals.received, run.progress, last, command)
     if run.risen():
         print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
     print(f"Lowest test loss: {run.progress.best:.4f} nats per code, in epoch {run.progress.best_epoch}.\n"
@@ -329,8 +356,7 @@ def samples(prior, vqvae, seed, device):
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line(), processes.joined():
         train(args, parser, argv)
 

@@ -4,48 +4,20 @@ Parts: training, quantizer, quality, sampling, limit. What is compared in a part
 in a process of its own; but for quality, which is one training after the other.
 """
 
-import ctypes
-import importlib.util
-import json
-import multiprocessing
-import os
-import platform
-import statistics
 import sys
-import tempfile
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-import usual  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+if __name__ == "__main__":
+    from utils import interrupt
+    interrupt.exit_at_once_from_here()
 
-import arguments  # noqa: E402
-import checkpoint  # noqa: E402
-import cli  # noqa: E402
-import data  # noqa: E402
-import fast  # noqa: E402
-import files  # noqa: E402
-from metrics import evaluate  # noqa: E402
-from vector_quantizer import VectorQuantizer  # noqa: E402
+import arguments
+import cli
 
-D = 40
-SIZES = [(6_272, 64), (6_272, 512), (6_272, 4_096), (6_272, 16_384), (100_000, 64), (100_000, 512), (100_000, 4_096),
-         (1_000_000, 64), (1_000_000, 512), (1_000_000, 8_192)]      # N latents, K codes
-MOST_SCORES = 6e8               # N × K above which those with a full matrix are left out: it takes gigabytes
-AIM = 0.0278                    # the test MSE at which the published training ended
-RECIPES = {
-    "published": "--codebook-init uniform --restart-after 0",
-    "recommended": "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema "
-                   "--restart-after 100",
-}
-GIVE_UP = 40                    # times what the recommended recipe took: the published settings may not get there
+PARTS = "training", "quantizer", "quality", "sampling", "limit"
 
 
 def get_parser():
@@ -59,6 +31,53 @@ def get_parser():
                         help=f"where the complete MNIST is, for quality; the other parts need none {shown}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")
     return parser
+
+
+def parse_arguments(argv=None):
+    """The parser and its arguments."""
+    parser = get_parser()
+    return parser, parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+
+import ctypes
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import usual
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import data
+import fast
+import files
+from metrics import evaluate
+from vector_quantizer import VectorQuantizer
+
+D = 40
+SIZES = [(6_272, 64), (6_272, 512), (6_272, 4_096), (6_272, 16_384), (100_000, 64), (100_000, 512), (100_000, 4_096),
+         (1_000_000, 64), (1_000_000, 512), (1_000_000, 8_192)]      # N latents, K codes
+MOST_SCORES = 6e8               # N × K above which those with a full matrix are left out: it takes gigabytes
+AIM = 0.0278                    # the test MSE at which the published training ended
+RECIPES = {
+    "published": "--codebook-init uniform --restart-after 0",
+    "recommended": "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema "
+                   "--restart-after 100",
+}
+PRODUCT = 2048                  # side of the matrices whose product is the machine's limit
+GIVE_UP = 40                    # times what the recommended recipe took: the published settings may not get there
 
 
 # ---------------------------------------------------------------- measuring
@@ -314,7 +333,7 @@ def limits(flags):
     with FlopCounterMode(display=False) as counter:
         run.losses_of(x)[0].total.backward()
     per_image = counter.get_total_flops() / len(x)
-    a = torch.randn(2048, 2048)
+    a = torch.randn(PRODUCT, PRODUCT)
 
     def measure():
         start = time.perf_counter()
@@ -329,13 +348,12 @@ def limit(args):
     results = in_turn({"eager": contender}, args.rounds)["eager"]
     contender.close()
     rate, reached, per_image = (statistics.median(values) for values in zip(*results))
-    return [{"what": "product of two 2,048 × 2,048 matrices", "GFLOP_per_second": round(rate / 1e9)},
+    return [{"what": f"product of two {PRODUCT:,} × {PRODUCT:,} matrices", "GFLOP_per_second": round(rate / 1e9)},
             {"what": "training, eager", "GFLOP_per_second": round(reached / 1e9),
              "MFLOP_per_image": round(per_image / 1e6, 1), "share_of_limit": round(reached / rate, 2)}]
 
 
-PARTS = {"training": training, "quantizer": quantizers, "quality": time_to_quality, "sampling": sampling,
-         "limit": limit}
+MEASURE = dict(zip(PARTS, (training, quantizers, time_to_quality, sampling, limit)))
 
 
 # ---------------------------------------------------------------- the report
@@ -356,13 +374,12 @@ def about():
 
 
 def main(argv=None):
-    parser = get_parser()
-    args = parser.parse_args(argv)
+    parser, args = parse_arguments(argv)
     with parser.bad_input_in_one_line():
         if args.json:
             with cli.named("--json", args.json):
                 files.check_writable(args.json)
-        parts = args.parts or list(PARTS)
+        parts = args.parts or PARTS
         if "quality" in parts:          # found out before the others have taken their minutes
             with cli.named("--data-folder", args.data_folder):
                 data.load("MNIST", args.data_folder)
@@ -370,7 +387,7 @@ def main(argv=None):
         print(*(f"{name} {value}" for name, value in report["about"].items()), sep=", ")
         for part in parts:
             try:
-                report[part] = PARTS[part](args)
+                report[part] = MEASURE[part](args)
             finally:
                 for contender in STARTED:
                     contender.close()

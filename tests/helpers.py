@@ -1,15 +1,20 @@
 """What the tests share: the scripts run as a user runs them, small real data, a look at a folder."""
 
+import ctypes
 import gzip
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +22,85 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+# What the scripts import. A process that has done so takes seconds to start, and its children no time.
+IMPORTED = ["downloads", "evaluate", "image_folder", "inputs", "pytest", "resume", "tensorboard", "tracking",
+            "train_classifier", "train_prior", "torchvision"]
 
 
-def run_script(name, *arguments, cwd):
-    """Run a script of the repository in a process of its own, in the folder cwd."""
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)],
-                          cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+# ---------------------------------------------------------------- scripts in processes of their own
+
+@cache
+def processes():
+    """A multiprocessing context, whose processes are forked from one that has imported IMPORTED and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
-def readme_commands(title):
-    """The shell commands in a section of the README, each as a list of words."""
-    section = (ROOT / "README.md").read_text().split(f"# {title}\n")[1].split("\n#")[0]
-    return [shlex.split(line) for block in re.findall(r"^```shell\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-            for line in block.splitlines()]
+def _run_script(script, arguments, cwd, environment, output, prepare):
+    """What a process of start() does."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, name in enumerate(("stdin", "stdout", "stderr")):
+        with open(os.devnull if stream == 0 else f"{output}/{name}", "r" if stream == 0 else "w") as file:
+            os.dup2(file.fileno(), stream)
+    sys.argv = [str(script), *arguments]
+    if prepare:
+        prepare()
+    runpy.run_path(str(script), run_name="__main__")
 
 
-def start(script, *arguments, cwd):
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+class Running:
+    """A script in a process of its own, with the methods of subprocess.Popen."""
+
+    def __init__(self, script, arguments, cwd, prepare=None):
+        self.args = [script, *map(str, arguments)]
+        self.output = Path(tempfile.mkdtemp())
+        self.process = processes().Process(target=_run_script, args=(
+            ROOT / script, self.args[1:], str(cwd), dict(os.environ), str(self.output), prepare))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self):
+        """What it wrote to stdout and to stderr in all, when it has ended."""
+        self.returncode = self.wait()
+        said = [path.read_text() if path.exists() else "" for path in (self.output / "stdout", self.output / "stderr")]
+        shutil.rmtree(self.output)
+        return said
+
+
+def start(script, *arguments, cwd, prepare=None):
+    """Start a script of the repository in the folder cwd; prepare(), a picklable function, runs in it before."""
+    return Running(script, arguments, cwd, prepare)
+
+
+def run_script(script, *arguments, cwd, prepare=None):
+    """Run a script of the repository to its end in a process of its own, in the folder cwd."""
+    process = start(script, *arguments, cwd=cwd, prepare=prepare)
+    said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
+
+
+def run_command(*command, cwd=ROOT, **environment):
+    """Run a command in which Python itself starts anew, with more environment variables."""
+    return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
 def wait_for(condition, process):
@@ -44,14 +110,19 @@ def wait_for(condition, process):
         time.sleep(0.002)
 
 
-def run_without_privileges(script, *arguments, cwd, **environment):
-    """Run a script so that the modes of folders bind it, even when the tests are run by root."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+def readme_commands(title):
+    """The shell commands in a section of the README, each as a list of words."""
+    section = (ROOT / "README.md").read_text().split(f"# {title}\n")[1].split("\n#")[0]
+    return [shlex.split(line) for block in re.findall(r"^```shell\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+            for line in block.splitlines()]
+
+
+def give_up_privileges():
+    """Let the modes of files and folders bind this process too if it is root's, on Linux."""
     if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root may write everywhere, and there is no setpriv to give that up")
-        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
+        header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()     # version 3 of capset(2)
+        if ctypes.CDLL(None, use_errno=True).capset(header, nothing):
+            raise OSError(ctypes.get_errno(), "capset")
 
 
 def import_script(name):

@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 import torch
-from helpers import import_script, refuse, run_script, run_without_privileges, snapshot, write_mnist
+from helpers import give_up_privileges, import_script, refuse, run_script, snapshot, write_mnist
+
+import checkpoint
+import inputs
 
 BUNDLED = ("--dataset", "MNIST-10k")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
@@ -76,7 +79,7 @@ def test_cuda_without_a_gpu_says_what_to_do(script, folder, capsys):
 def test_mps_without_an_apple_gpu_says_what_to_do(folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     line = refuse("generate.py", ["--device", "mps"], capsys)
-    for word in ("--device", "'mps'", "--device cpu", "Apple"):
+    for word in ("--device mps", "--device cpu", "Apple"):
         assert word in line
     assert snapshot(folder) == {}
 
@@ -85,20 +88,19 @@ def test_mps_without_an_apple_gpu_says_what_to_do(folder, capsys, monkeypatch):
 def test_auto_is_the_best_device_that_is_there(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    for script in ("VQ-VAE.py", "train_classifier.py", "generate.py"):
-        assert import_script(script).get_parser().parse_args(["--device", "auto"]).device == chosen
+    assert inputs.find_device("auto") == chosen
 
 
-def test_a_run_goes_on_where_it_was_or_on_the_device_given_anew_and_nowhere_else_unasked(monkeypatch):
+@needs_no_gpu
+def test_a_run_goes_on_where_it_was_or_on_the_device_given_anew_and_nowhere_else_unasked(trained, folder, capsys):
     """Its settings hold what --device auto chose; without that device it says so, and takes another if told."""
-    parser = import_script("VQ-VAE.py").get_parser()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    saved = {"training": {"settings": vars(parser.parse_args(["--device", "auto"]))}}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device: 'cuda' finds no CUDA GPU"):
-        parser.continued(parser.parse_args([]), [], saved)
-    assert parser.continued(parser.parse_args([]), ["--device", "auto"], saved).device == "cpu"
+    contents = torch.load(trained / "models" / "run" / "last.pt", weights_only=True)
+    contents["training"]["settings"] |= {"device": "cuda", "num_epochs": 2}       # which auto chose there
+    (folder / "models" / "run").mkdir(parents=True)
+    checkpoint.save(folder / "models" / "run" / "last.pt", contents)
+    resume = ["--resume", "--output-folder", "run"]
+    assert "--device cuda: there is no CUDA GPU" in refuse("VQ-VAE.py", resume, capsys)
+    assert "the run ended after epoch 2" in refuse("VQ-VAE.py", [*resume, "--device", "auto"], capsys)
 
 
 def test_unknown_and_missing_flags_are_refused(folder, capsys):
@@ -171,7 +173,7 @@ def test_a_model_file_that_is_none(folder, model, capsys):
     for name, words in expected.items():
         line = refuse("generate.py", ["--model", name, "--input", "random"], capsys)
         assert f"--model {name}" in line and words in line
-    for flag, given, own in (("--hidden-size", 41, 40), ("--k", 511, 512)):
+    for flag, given, own in (("--hidden-size", 41, 16), ("--k", 511, 512)):
         line = refuse("generate.py", ["--model", "good.pt", flag, given], capsys)
         assert f"{flag} {given}" in line and f"{flag} {own}" in line
     assert snapshot(folder) == before
@@ -201,7 +203,7 @@ def test_a_folder_without_permission_to_write(script, locked, arguments, folder,
     before = snapshot(folder)
     if script == "generate.py":
         arguments = [*arguments, "--model", model]
-    done = run_without_privileges(script, *arguments, cwd=folder)
+    done = run_script(script, *arguments, cwd=folder, prepare=give_up_privileges)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     flag = {"models": "--output-folder run", "logs": "--output-folder run", "data": "--data-folder data",
             "generatedImages": "--filename x"}[locked]

@@ -1,17 +1,22 @@
 """What benchmarks/ sets beside this repository does the same, and its script measures and reports."""
 
 import json
+import operator
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, refuse, run_script
+from helpers import ROOT, refuse
 
 import checkpoint
+import data
 from vector_quantizer import VectorQuantizer
 
 sys.path.append(str(ROOT / "benchmarks"))
+import speed
 import usual
+
+pytestmark = pytest.mark.rounding
 
 
 @pytest.mark.parametrize("nearest", [usual.full_matrix, usual.cdist])
@@ -39,20 +44,48 @@ def test_uncached_sampling_draws_the_same_digits():
     assert torch.equal(*drawn)
 
 
-def test_speed_measures_and_reports(tmp_path):
-    done = run_script("benchmarks/speed.py", "limit", "--rounds", 1, "--json", "speed.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "speed.json").read_text())
+class Here:
+    """Measures in this process what a Contender measures in one of its own."""
+
+    def __init__(self, make, *arguments):
+        self.measure = make(*arguments)
+
+    def __call__(self, *given):
+        return self.measure(*given)
+
+    def close(self):
+        pass
+
+
+def test_speed_measures_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = [data.Images(part.images[:640], part.labels[:640]) for part in data.load("MNIST-10k", "")]
+    monkeypatch.setattr(speed, "Contender", Here)
+    monkeypatch.setattr(speed, "PRODUCT", 256)
+    monkeypatch.setattr(data, "load", lambda *_: few)
+    speed.main(["limit", "--rounds", "1", "--json", "speed.json"])
+    said, report = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
     product, training = report["limit"]
-    assert product["GFLOP_per_second"] > training["GFLOP_per_second"] > 0
+    assert product["GFLOP_per_second"] > 0 and training["share_of_limit"] > 0
     # Multiply-adds of the convolutions on 28×28 digits, D 40: forward once, backward twice but for the first
     # layer's input; the search has 49 × 512 products of 41 numbers.
     first, second, blocks = 14**2 * 16 * 40, 7**2 * 16 * 40**2, 4 * 7**2 * 10 * 40**2
     expected = 2 * (3 * (2 * first + 2 * second + blocks) - first + 49 * 512 * 41) / 1e6
     assert training["MFLOP_per_image"] == pytest.approx(expected, rel=0.01)
     for name, value in report["about"].items():
-        assert f"{name} {value}" in done.stdout
+        assert f"{name} {value}" in said
     assert list(tmp_path.iterdir()) == [tmp_path / "speed.json"]
+
+
+def test_contenders_measure_in_processes_of_their_own():
+    contender = speed.Contender(operator.attrgetter, "real")
+    assert contender(3 + 4j) == 3
+    with pytest.raises(AttributeError):
+        contender("no number")
+    contender.process.kill()
+    with pytest.raises(ValueError, match="has ended by itself"):
+        contender(1)
+    contender.close()
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

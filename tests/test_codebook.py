@@ -8,6 +8,8 @@ import torch
 from testers import float64_distances
 from vector_quantizer import CODEBOOK_UPDATES, EMA_DECAY, LAPLACE, VectorQuantizer, kmeans, vq
 
+pytestmark = pytest.mark.rounding
+
 UPDATES = pytest.mark.parametrize("update", CODEBOOK_UPDATES)
 
 

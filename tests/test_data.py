@@ -54,6 +54,13 @@ def test_ranges_agree_with_torchvision_transforms_and_invert():
     assert data.to_unit_range(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("count", "channels", "columns"), [(1, 1, 8), (1, 3, 8), (5, 1, 8), (64, 1, 8), (23, 3, 10)])
+def test_a_grid_is_laid_out_as_torchvision_does_it(count, channels, columns):
+    images = torch.rand(count, channels, 6, 9) * 2.2 - 1.1
+    expected = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
+    torch.testing.assert_close(data.grid(images, columns), expected.expand(3, -1, -1))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_hold_every_image_once_with_its_label(num_workers):
     images = torch.arange(250, dtype=torch.uint8).view(250, 1, 1, 1).expand(250, 1, 4, 4)

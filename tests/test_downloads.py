@@ -120,7 +120,9 @@ def test_a_colour_set_is_learned_sampled_and_measured(colour_sets, tmp_path, mon
     assert pictures["CIFAR10"].shape == (36, 342, 3) and pictures["0"].shape == (342, 342, 3)
     assert np.array_equal(pictures["0"], pictures["1"]) and not np.array_equal(pictures["0"], pictures["2"])
     capsys.readouterr()
-    import_script("evaluate.py").main([*model, *there, "--prior", "models/run/prior.pt"])
+    evaluate = import_script("evaluate.py")
+    monkeypatch.setattr(evaluate, "SAMPLES", 100)
+    evaluate.main([*model, *there, "--prior", "models/run/prior.pt"])
     said = capsys.readouterr().out
     assert "10 test images of CIFAR10" in said and "nats per code" in said and "recognised" not in said
     for script, arguments, words in (

@@ -7,9 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, import_script, run_script, run_without_privileges, snapshot
+from helpers import bundled_digits, give_up_privileges, import_script, run_script, snapshot
 
 import checkpoint
+
+pytestmark = pytest.mark.rounding
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +89,8 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(trained, 
 
 def test_a_json_folder_without_permission_is_refused_before_the_work(trained, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    done = run_without_privileges("evaluate.py", "--model", trained / "models" / "run" / "best.pt",
-                                  "--json", "locked/x.json", cwd=tmp_path)
+    done = run_script("evaluate.py", "--model", trained / "models" / "run" / "best.pt",
+                                  "--json", "locked/x.json", cwd=tmp_path, prepare=give_up_privileges)
     assert done.returncode == 2 and done.stdout == "" and "--json locked/x.json: no permission" in done.stderr
 
 

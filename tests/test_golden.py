@@ -14,6 +14,8 @@ import data
 from modules import VectorQuantizedVAE
 from prior import CodePrior
 
+pytestmark = pytest.mark.rounding
+
 GOLDEN = Path(__file__).resolve().parent / "golden"
 MODELS = ("state-dict-of-the-published-code", "vqvae-format-1", "vqvae-ema-format-1")
 PRIORS = {"prior-format-1": "vqvae-format-1"}

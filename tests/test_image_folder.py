@@ -195,8 +195,7 @@ def test_an_image_that_vanishes_ends_the_training_in_one_line(num_workers, tmp_p
     assert stopped.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
     assert ".png" in said and "No such file" in said and "models/vqvae/last.pt is whole" in said
     for child in multiprocessing.active_children():
-        child.join(5)
-        assert not child.is_alive()
+        child.join()            # it has been killed
 
 
 def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monkeypatch, capsys):
@@ -222,7 +221,8 @@ def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monk
 def learned(images_folder, tmp_path_factory):
     """A folder in which the README's commands have learned from the images, in fewer and smaller steps."""
     folder, commands = tmp_path_factory.mktemp("learned"), readme_commands("A folder of images")
-    more = {"VQ-VAE.py": ("--num-epochs", 20, "--batch-size", 16, "--lr", "3e-3", "--beta", 0.25, "--k", 64),
+    more = {"VQ-VAE.py": ("--num-epochs", 15, "--batch-size", 16, "--lr", "5e-3", "--beta", 0.25, "--k", 64,
+                          "--hidden-size", 16),
             "train_prior.py": ("--num-epochs", 5, "--width", 64, "--heads", 2, "--layers", 1, "--batch-size", 8,
                                "--shift", 0)}
     assert len(commands) == 4 and "64" in commands[0]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from prior import CodePrior, draw
 
+pytestmark = pytest.mark.rounding
+
 
 def a_prior(num_codes=3, height=2, width=2, **kwargs):
     """A small prior with weights far from their start, so that what it says depends on codes and label."""

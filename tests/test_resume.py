@@ -1,7 +1,7 @@
 """Trainings that are broken off by a signal or a kill, and go on: against ones in one go, bit for bit."""
 
+import functools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import events, import_script, run_script, snapshot, start, wait_for
+from helpers import events, import_script, processes, run_script, snapshot
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import files
+import resume
 
 VQVAE = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epochs", "3", "--hidden-size", "8", "--k",
          "32", "--lr", "4e-3", "--lr-schedule", "cosine", "--codebook-update", "ema", "--restart-after", "5",
          "--save-every", "7")
 PRIOR = ("train_prior.py", "--model", "models/run/best.pt", "--batch-size", "20", "--num-epochs", "3", "--layers", "2",
-         "--width", "16", "--heads", "2", "--dropout", "0.1", "--shift", "1", "--save-every", "7",
-         "--amp")
+         "--width", "16", "--heads", "2", "--dropout", "0.1", "--shift", "1", "--save-every", "7")
 GO_ON = {VQVAE: ("VQ-VAE.py", "--resume", "--output-folder", "run"),
          PRIOR: ("train_prior.py", "--resume", "--model", "models/run/best.pt")}
 LAST = {VQVAE: Path("models/run/last.pt"), PRIOR: Path("models/run/prior-last.pt")}
@@ -115,20 +115,32 @@ def assert_same(one, two):
 
 # ---------------------------------------------------------------- signals
 
+def send_signal_at(step, number):
+    keep = resume.Run.keep
+
+    def observed(run, *given):
+        keep(run, *given)
+        if run.progress.step == step:
+            os.kill(os.getpid(), number)
+
+    resume.Run.keep = observed
+
+
+def signal_at(step, number):
+    """What makes a training send itself a signal when it has saved this step."""
+    return functools.partial(send_signal_at, step, number)
+
+
 @pytest.mark.parametrize("run", [VQVAE, PRIOR], ids=["vqvae", "prior"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does_so_exactly(run, number, in_one_go, prepare,
                                                                            mnist_folder):
     folder = prepare(run)
-    process = start(*run, "--data-folder", mnist_folder, cwd=folder)
-    last = folder / LAST[run]
-    wait_for(lambda: last.is_file() and torch.load(last, weights_only=True)["step"], process)
-    process.send_signal(number)
-    said, complaint = process.communicate()
-    assert process.returncode == 128 + number and not complaint, complaint
-    step = torch.load(last, weights_only=True)["step"]
-    assert 7 <= step < 90 and f"Stopped by {number.name} in epoch {(step - 1) // 30 + 1}, after step {step};" in said
-    command = said.splitlines()[-1].split()
+    done = run_script(*run, "--data-folder", mnist_folder, cwd=folder, prepare=signal_at(35, number))
+    assert done.returncode == 128 + number and not done.stderr, done.stderr
+    step = torch.load(folder / LAST[run], weights_only=True)["step"]
+    assert step == 36 and f"Stopped by {number.name} in epoch 2, after step 36;" in done.stdout
+    command = done.stdout.splitlines()[-1].split()
     assert command[:2] == ["python3", run[0]] and tuple(command[1:]) == GO_ON[run]
     assert not list(folder.rglob(f"*{files.TEMPORARY}"))
 
@@ -140,17 +152,51 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on_and_does_so_exactly(run, 
 def test_what_may_change_changes_nothing_that_was_learned(in_one_go, prepare, mnist_folder):
     """Stopped in the second epoch, then on with processes that load batches and other moments to save at."""
     folder = prepare(VQVAE)
-    process = start(*VQVAE, "--num-workers", 1, "--data-folder", mnist_folder, cwd=folder)
-    wait_for((folder / "models" / "run" / "model_1.pt").is_file, process)
-    process.terminate()
-    _, complaint = process.communicate()
-    assert process.returncode == 143 and not complaint, complaint
+    done = run_script(*VQVAE, "--num-workers", 1, "--data-folder", mnist_folder, cwd=folder,
+                      prepare=signal_at(35, signal.SIGTERM))
+    assert done.returncode == 143 and not done.stderr, done.stderr
     assert json.loads((folder / "models" / "run" / "args.json").read_text())["num_workers"] == 1
     again = run_script(*GO_ON[VQVAE], "--num-workers", 2, "--save-every", 4, "--batch-size", 20, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert_same(in_one_go[VQVAE], folder)
     settings = checkpoint.load(folder / LAST[VQVAE])["training"]["settings"]
     assert settings["num_workers"] == 2 and settings["save_every"] == 4
+
+
+# ---------------------------------------------------------------- another environment
+
+def use_other_threads():
+    torch.set_num_threads(torch.get_num_threads() + 1)
+
+
+@pytest.mark.parametrize("run", [VQVAE, PRIOR], ids=["vqvae", "prior"])
+def test_a_run_that_goes_on_with_other_threads_or_another_torch_says_so(run, prepare, mnist_folder):
+    """Once; args.json keeps all that there were. A run that was begun by older code, which kept none, goes on too."""
+    folder, threads = prepare(run), torch.get_num_threads()
+    last, kept = folder / LAST[run], lambda: json.loads((folder / "models" / "run" / "args.json").read_text())
+    done = run_script(*run, "--num-epochs", 1, "--data-folder", mnist_folder, cwd=folder)
+    assert done.returncode == 0 and "differ" not in done.stdout, done.stderr
+    for epochs, prepared, said in ((2, use_other_threads, True), (3, use_other_threads, False), (4, None, True)):
+        done = run_script(*GO_ON[run], "--num-epochs", epochs, cwd=folder, prepare=prepared)
+        assert done.returncode == 0, done.stderr
+        assert ("can differ by rounding" in done.stdout) == said, done.stdout
+        now, before = (threads + 1, threads) if prepared else (threads, threads + 1)
+        assert not said or f"threads {now} (before: {before})" in done.stdout
+    environments = torch.load(last, weights_only=True)["training"]["environments"]
+    assert [(one["from_step"], one["threads"]) for one in environments] == [
+        ("0", str(threads)), ("30", str(threads + 1)), ("90", str(threads))]
+    assert run is PRIOR or kept()["environments"] == environments
+
+    contents = torch.load(last, weights_only=True)
+    contents["training"]["environments"][-1]["torch"] = "1.0"
+    checkpoint.save(last, contents)
+    done = run_script(*GO_ON[run], "--num-epochs", 5, cwd=folder)
+    assert done.returncode == 0 and "torch " in done.stdout and "(before: 1.0)" in done.stdout, done.stderr
+    for name in ("environments", "bfloat16"):
+        del contents["training"][name]
+    checkpoint.save(last, contents)
+    done = run_script(*GO_ON[run], "--num-epochs", 5, "--save-every", 100, cwd=folder)
+    assert done.returncode == 0 and "differ" not in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("run", [VQVAE, PRIOR], ids=["vqvae", "prior"])
@@ -184,14 +230,6 @@ def run_in_child(script, arguments, folder):
     import_script(script).main(list(arguments))
 
 
-@pytest.fixture(scope="module")
-def children():
-    """Processes that are forked from one which has torch imported, and has done nothing with it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.utils.tensorboard", "torchvision", "tqdm"])
-    return context
-
-
 def assert_whole(run, folder):
     """Every file under its final name can be read to its end."""
     for path in (folder / "models" / "run").iterdir():
@@ -206,7 +244,7 @@ def assert_whole(run, folder):
 
 
 @pytest.mark.parametrize("run, kills", [(VQVAE, KILLS), (PRIOR, KILLS // 2)], ids=["vqvae", "prior"])
-def test_killed_at_any_moment_and_resumed_it_is_the_same_run(run, kills, in_one_go, prepare, children, mnist_folder):
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run(run, kills, in_one_go, prepare, mnist_folder):
     moments, done, trial = random.Random(0), 0, 0
     whole = (*run[1:], "--data-folder", str(mnist_folder))
     while done < kills:
@@ -215,7 +253,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_run(run, kills, in_one_
         while not finished:
             # Killed before the first save, it has nothing to resume.
             arguments = GO_ON[run][1:] if (folder / LAST[run]).is_file() else (*whole, "--overwrite")
-            child = children.Process(target=run_in_child, args=(run[0], arguments, folder))
+            child = processes().Process(target=run_in_child, args=(run[0], arguments, folder))
             child.start()
             child.join(moments.uniform(0, longest))
             killed = child.is_alive()

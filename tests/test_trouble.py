@@ -6,15 +6,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import threading
+import time
 
 import pytest
 import torch
-from helpers import ROOT, import_script, refuse, run_script, run_without_privileges, snapshot, start, wait_for
+from helpers import give_up_privileges, import_script, refuse, run_script, snapshot, start, wait_for
 
 import checkpoint
-import cli
 import files
+import resume
 from modules import VectorQuantizedVAE
 
 RUN = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epochs", "4", "--hidden-size", "8", "--k",
@@ -38,9 +39,9 @@ def one_line(done, *words):
 
 def test_memory_that_runs_out_in_a_training_is_told_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), \
-            cli.kept(tmp_path / "last.pt", "", 600):
+            resume.kept(tmp_path / "last.pt", "", 600):
         torch.empty(2**58)
-    with pytest.raises(RuntimeError, match="must match the size"), cli.kept(tmp_path / "last.pt", "", 600):
+    with pytest.raises(RuntimeError, match="must match the size"), resume.kept(tmp_path / "last.pt", "", 600):
         torch.zeros(2) + torch.zeros(3)         # a fault of the code's is not hidden
 
 
@@ -90,18 +91,22 @@ def test_a_full_disk_ends_the_run_in_one_line_and_what_was_saved_goes_on(disk, m
     assert ends == {"enough", "saved", "nothing saved"}
 
 
+def limit_files():
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+
 def test_a_limit_on_the_size_of_files_ends_the_run_in_one_line(tmp_path, mnist_folder):
     """The same where nothing can be mounted: no file may be larger than 64 kB, and the first checkpoint is."""
     pytest.importorskip("resource", reason="no limits on this system")
-    command = [sys.executable, str(ROOT / RUN[0]), *RUN[1:], "--k", "512", "--data-folder", str(mnist_folder)]
-    code = ("import os, resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); os.execv(sys.argv[1], sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+    done = run_script(*RUN, "--k", "512", "--data-folder", mnist_folder, cwd=tmp_path, prepare=limit_files)
     one_line(done, "File too large", "nothing had been saved")
     assert_whole(tmp_path)
 
 
-def test_pictures_figures_and_priors_on_a_full_disk(disk, trained):
+def test_pictures_figures_and_priors_on_a_full_disk(disk, trained, mnist_folder):
     folder, model = disk(8), trained / "models" / "run" / "best.pt"
     picture = run_script("generate.py", "--model", model, "--input", "random", cwd=folder)
     one_line(picture, "--filename random", "No space left on device")
@@ -119,8 +124,8 @@ def test_pictures_figures_and_priors_on_a_full_disk(disk, trained):
              "config": {"channels": 1, "hidden_size": 8, "num_codes": 16},
              "model": VectorQuantizedVAE(1, 8, 16).state_dict()}
     checkpoint.save(folder / "models" / "run" / "best.pt", small)
-    prior = run_script("train_prior.py", "--model", "models/run/best.pt", "--dataset", "MNIST-10k", "--layers", 1,
-                       "--width", 60, "--num-epochs", 1, "--batch-size", 1000, "--shift", 0, cwd=folder)
+    prior = run_script("train_prior.py", "--model", "models/run/best.pt", "--data-folder", mnist_folder, "--layers", 1,
+                       "--width", 60, "--num-epochs", 1, "--batch-size", 200, "--shift", 0, cwd=folder)
     one_line(prior, "No space left on device", "models/run/prior-last.pt is whole, go on with: python3 train_prior.py ")
     assert_whole(folder)
 
@@ -153,7 +158,6 @@ def test_a_folder_that_goes_during_the_run_ends_it_in_one_line(gone, tmp_path, m
     process = start(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path)
     wait_for((tmp_path / LAST).is_file, process)
     os.rename(tmp_path / gone, tmp_path / "elsewhere")
-    process.returncode = process.wait()
     process.stderr = process.communicate()[1]
     if gone == "logs":
         one_line(process, "logs/run: the folder has gone", f"{LAST} is whole, go on with: ")
@@ -165,17 +169,19 @@ def test_a_folder_that_goes_during_the_run_ends_it_in_one_line(gone, tmp_path, m
         one_line(process, "models/run/", ": No such file or directory", "nothing had been saved")
 
 
+def close_after_the_first_epoch():
+    def close():
+        while not os.path.exists("models/run/model_1.pt"):
+            time.sleep(0.001)
+        os.chmod("models/run", 0o500)
+
+    give_up_privileges()
+    threading.Thread(target=close, daemon=True).start()
+
+
 def test_a_folder_that_may_no_longer_be_written_to_ends_the_run_in_one_line(tmp_path, mnist_folder):
-    """It is closed by the run itself, after its first epoch."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, threading, time\n"
-        "def close():\n"
-        "    while not os.path.exists('models/run/model_1.pt'):\n"
-        "        time.sleep(0.001)\n"
-        "    os.chmod('models/run', 0o500)\n"
-        "threading.Thread(target=close, daemon=True).start()\n")
-    done = run_without_privileges(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path,
-                                  PYTHONPATH=str(tmp_path))
+    done = run_script(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path,
+                      prepare=close_after_the_first_epoch)
     os.chmod(tmp_path / "models" / "run", 0o700)
     one_line(done, "models/run/", "Permission denied", "is whole, go on with: ")
     assert torch.load(tmp_path / LAST, weights_only=True)["model"]      # a temporary file cannot be removed there
@@ -269,7 +275,7 @@ def test_nothing_to_resume_and_settings_that_contradict_are_refused(tmp_path, tr
     for arguments, words in (
             (("--output-folder", "no"), "--output-folder no: there is no models/no/last.pt to --resume: start"),
             (("--output-folder", "run", "--num-epochs", 3, "--lr", "1e-3"), "--lr 0.001 contradicts the run, which has "
-             "--lr 0.002: leave it out; what may change is --num-epochs, --device, --data-folder, --num-workers"),
+             "--lr 0.004: leave it out; what may change is --num-epochs, --device, --data-folder, --num-workers"),
             (("--output-folder", "run", "--num-epochs", 3, "--beta", "2"), "--beta 2.0 contradicts"),
             (("--output-folder", "run", "--num-epochs", 3, "--overwrite"), "not allowed with argument"),
             (("--output-folder", "run"), "the run ended after epoch 2, ask for more"),

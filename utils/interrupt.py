@@ -1,0 +1,36 @@
+"""Ctrl-C while a script is starting: one line and exit status 130 instead of a traceback.
+
+A script that is run, and not imported, turns this on before anything else: importing torch takes seconds.
+"""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager, suppress
+
+
+def exit_at_once(*_):
+    """A handler of SIGINT for a process that holds nothing yet, or nothing any more."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":        # of several processes on a machine one says so
+        with suppress(OSError):
+            os.write(2, f"\n{os.path.basename(sys.argv[0])}: interrupted\n".encode(errors="replace"))
+    os._exit(130)
+
+
+def exit_at_once_from_here():
+    """Install the handler, unless Ctrl-C is ignored or handled already."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, exit_at_once)
+
+
+@contextmanager
+def as_exception():
+    """Inside, Ctrl-C is a KeyboardInterrupt again, so that files and folders can be left as they should be."""
+    if signal.getsignal(signal.SIGINT) is not exit_at_once:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, exit_at_once)
