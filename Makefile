@@ -7,7 +7,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
 CODE := $(wildcard *.py utils/*.py)
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 all: models/$(NAME)/trained
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed

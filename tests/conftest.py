@@ -6,7 +6,13 @@ TRAINING = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "256"
             "--output-folder", "run")
 
 
+# Begun first, so that no core is left waiting for them at the end.
+LONGEST = ["test_resume.py", "test_damaged.py", "test_processes.py", "test_train_prior.py", "test_trouble.py",
+           "test_image_folder.py", "test_notebook.py", "test_fast.py"]
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.path.name == "testers.py":          # which does without pytest
             item.add_marker(pytest.mark.rounding)

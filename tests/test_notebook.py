@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import subprocess
+import tempfile
 
 import nbformat
 import numpy as np
@@ -27,7 +28,9 @@ def read():
 
 
 def execute(notebook, folder):
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
+        patch.setenv("HOME", home)          # where Jupyter keeps what belongs to a kernel
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

@@ -15,8 +15,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 import checkpoint
 import data
 
-pytestmark = pytest.mark.rounding
-
 RECORD = (ROOT / "model.txt").read_text()
 TRACK = (ROOT / "Training track for VQ-VAE.txt").read_text()
 PRIOR = checkpoint.PRETRAINED.with_name("prior.pt")

@@ -24,8 +24,6 @@ import data
 from metrics import evaluate, perplexity
 from vector_quantizer import VectorQuantizer
 
-pytestmark = pytest.mark.rounding
-
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
 FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used"}
 STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256

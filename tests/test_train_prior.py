@@ -17,8 +17,6 @@ import checkpoint
 import data
 import resume
 
-pytestmark = pytest.mark.rounding
-
 SMALL = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "48", "--heads", "4", "--num-epochs", "2",
          "--batch-size", "64", "--shift", "0")
 
