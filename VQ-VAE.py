@@ -278,7 +278,7 @@ class Run(resume.Run):
         tracking.log_images(writer, model, self.shown, epoch)
         if epoch == args.num_epochs:
             tracking.log_codebook(writer, model, counts, self.about["dataset"]["shape"], epoch)
-            tracking.log_hparams(writer, hparams(args), tested, counts)
+            tracking.log_hparams(writer, {**hparams(args), "amp": self.bfloat16}, tested, counts)
 
         contents = {**self.about, "model": model.state_dict(), "epoch": epoch, "step": progress.step,
                     "test": tested._asdict()}
@@ -325,8 +325,7 @@ def train(args, parser, argv):
         else:
             run = Run(args)
         run.check_alike()
-        if not args.resume:
-            run.choose_precision()
+        run.note_environment() if args.resume else run.choose_precision()
         if processes.leads():
             with cli.named("--output-folder", args.output_folder):
                 write_beginning(args, run, models, logs)

@@ -91,7 +91,7 @@ def file_name(text):
 
 
 def device(text):
-    """A type for the names of devices. Whether this machine has the device, speed.find_device() knows."""
+    """A type for the names of devices. Whether this machine has the device, inputs.find_device() knows."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
     return text

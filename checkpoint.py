@@ -9,7 +9,8 @@ A checkpoint of a VQ-VAE rebuilds its own model:
               "folder", where the images of an image folder are
     model     the state_dict
     epoch, step, test   where the training stood, and the test metrics there
-    training  in last.pt alone: settings, progress, optimizer and random states (resume.py)
+    training  in last.pt alone: settings, progress, optimizer and random states, bfloat16 (whether --amp was found to
+              be faster), environments (versions, processor, threads) (resume.py)
 
 One of a prior rebuilds its own as well, and knows the VQ-VAE that its codes belong to:
 

@@ -3,8 +3,8 @@ and a mistyped flag are answered at once.
 """
 
 import argparse
-import os
 import signal
+import sys
 from contextlib import contextmanager
 
 import arguments
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         and the first one of each machine does.
         """
         if report is None:
-            report = os.environ.get("LOCAL_RANK", "0") == "0"
+            report = interrupt.reports()
         line = " ".join(message.split())
         line = line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " …"
         self.exit(2, f"{self.prog}: error: {line}\n" if report else None)
@@ -91,6 +91,7 @@ class Parser(argparse.ArgumentParser):
         with interrupt.as_exception():
             try:
                 yield
+                sys.stdout.flush()
             except (OSError, ValueError) as error:
                 self.error(describe(error), processes.speaks())
             except RuntimeError as error:
@@ -98,7 +99,12 @@ class Parser(argparse.ArgumentParser):
                     raise
                 self.error(processes.why_lost(error), processes.speaks())
             except KeyboardInterrupt:
-                self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
+                former = signal.signal(signal.SIGINT, signal.SIG_IGN)           # a second one is too late
+                try:
+                    end_workers()
+                    self.exit(130, f"\n{self.prog}: interrupted\n" if processes.speaks() else None)
+                finally:
+                    signal.signal(signal.SIGINT, former)
             finally:
                 end_workers()
 
@@ -142,8 +148,8 @@ def flag_of(name):
 def add_speed_arguments(group):
     """The flags of every script whose training can be made faster."""
     group.add_argument("--amp", action="store_true",
-                       help="take products and convolutions in bfloat16: faster where the processor or the GPU "
-                            "multiplies such numbers itself (default: float32)")
+                       help="take products and convolutions in bfloat16 if that is faster on this device, which is "
+                            "found out and printed first (default: float32)")
     group.add_argument("--compile", action="store_true",
                        help="compile the step with torch.compile: takes up to half a minute at the start "
                             "(default: run it as it is written)")

@@ -10,7 +10,8 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from cli import describe
 
 LOG_EVERY = 10          # steps between two moments when the losses come from the device
 ADVICE = "try a lower rate; what was saved is from before"
-ROUNDING = "torch", "processor", "threads", "processes"          # of an environment: what its rounding depends on
+ROUNDING = "torch", "device", "processor", "threads", "processes"      # what rounding depends on
 MOST_STEPS = 10**7      # that a run can go on after: the schedule takes them again
 PROBE_IMAGES = 8        # in the steps that are measured before a training
 HERE = "data_folder", "num_workers", "device"        # arguments that may be another machine's own
@@ -74,7 +75,7 @@ class Run:
         self.args, self.about, self.model, self.optimizer, self.schedule = args, about, model, optimizer, schedule
         self.generator = generator                                    # of the data's order
         self.bfloat16 = args.amp                                      # until choose_precision()
-        self.environments = [environment()]                           # of each start, the first one first
+        self.environments = [environment(args.device)]                # at the start, and after each change
         self.steps, self.images = steps, images                       # of an epoch
         fast.keep_freed_memory()
         L = len(self.losses)
@@ -104,9 +105,10 @@ class Run:
             return
         # A copy, so that nothing is learned; in evaluation mode, so that no other process is waited for.
         model = copy.deepcopy(self.model).eval()
-        batch = self.probe_batch(min(PROBE_IMAGES, self.args.batch_size))
-        chosen, said = fast.choose_bfloat16(lambda: self.probe_loss(model, *batch).backward(), self.args.device)
-        self.bfloat16 = -processes.highest(-chosen) == 1            # in all processes or in none
+        with kept(Path(), "", self.args.batch_size):
+            batch = self.probe_batch(min(PROBE_IMAGES, self.args.batch_size))
+            chosen, said = fast.choose_bfloat16(lambda: self.probe_loss(model, *batch), self.args.device)
+        self.bfloat16 = processes.highest(int(chosen and processes.leads())) == 1       # as the first process found
         print(said)
 
     def autocast(self):
@@ -164,11 +166,14 @@ class Run:
                 "environments": self.environments}})
 
     def note_environment(self):
-        """Keep the present environment if it is not the last one, and print what else may round differently now."""
-        before, now = self.environments[-1] if self.environments else {}, environment(self.progress.step)
-        changed = [name for name in ROUNDING if before and now[name] != before[name]]
-        if changed or not before:
+        """When a run goes on: keep the present environment if it is another one, and print what rounds differently."""
+        now = environment(self.args.device, self.progress.step)
+        before = self.environments[-1] if self.environments else dict.fromkeys(now, "unknown")
+        changed = [name for name in ROUNDING if before[name] not in (now[name], "unknown")]
+        if {**before, "from_step": now["from_step"]} != now:
             self.environments.append(now)
+        if self.args.amp:
+            print(f"--amp: the run goes on in {'bfloat16' if self.bfloat16 else 'float32'}, as it began")
         if changed:
             print(f"Resumed with {', '.join(f'{name} {now[name]} (before: {before[name]})' for name in changed)}: "
                   "the result can differ by rounding from that of an unbroken run.")
@@ -217,7 +222,7 @@ class Run:
             self.generator.set_state(progress.order)
             restore_random_states(training["random"])
             self.bfloat16 = bool(training.get("bfloat16", self.args.amp))       # the first runs did not choose
-            self.environments = [{name: str(one[name])[:100] for name in environment()}
+            self.environments = [{name: str(one.get(name, "unknown"))[:100] for name in self.environments[0]}
                                  for one in training.get("environments", [])]
         except Exception as error:      # a damaged file makes torch raise whatever it trips over
             raise ValueError("what it says of the training is damaged or of another version of the code: "
@@ -225,7 +230,6 @@ class Run:
         if progress.epoch > self.args.num_epochs:
             raise ValueError(f"--num-epochs {self.args.num_epochs}: the run ended after epoch {progress.epoch - 1}, "
                              "ask for more")
-        self.note_environment()
         # The schedule takes its steps again: it may be a longer one than at the run's start.
         with warnings.catch_warnings():     # of steps that the optimizer does not take
             warnings.simplefilter("ignore")
@@ -233,11 +237,17 @@ class Run:
                 self.schedule.step()
 
 
-def environment(step=0):
+def environment(device, step=0):
     """What the figures of a run come from, and the step from which on it was so, as texts."""
-    return {"from_step": str(step), "python": platform.python_version(), "torchvision": version("torchvision"),
-            "torch": str(torch.__version__), "processor": fast.processor(), "threads": str(torch.get_num_threads()),
-            "processes": str(processes.count())}
+    try:
+        torchvision = version("torchvision")
+    except PackageNotFoundError:        # which many data sets do without
+        torchvision = "none"
+    if torch.device(device).type == "cuda":
+        device = torch.cuda.get_device_name(device)
+    return {"from_step": str(step), "python": platform.python_version(), "torchvision": torchvision,
+            "torch": str(torch.__version__), "device": device, "processor": fast.processor(),
+            "threads": str(torch.get_num_threads()), "processes": str(processes.count())}
 
 
 def check_about(about, saved):

@@ -48,6 +48,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import time
@@ -92,7 +93,9 @@ class Contender:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments))
+        former = signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is this script's, which ends them all
         self.process.start()
+        signal.signal(signal.SIGINT, former)
         theirs.close()
         STARTED.append(self)
 
@@ -112,6 +115,7 @@ class Contender:
 
 
 def _serve(pipe, make, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     measure = None
     while True:
         try:
@@ -182,7 +186,7 @@ def our_training(flags):
 
 
 def training(args):
-    flags = {"eager": "", "--compile": "--compile", "--amp": "--amp", "--compile --amp": "--compile --amp"}
+    flags = {"eager": "", "--compile": "--compile", "bfloat16": "--amp", "--compile, bfloat16": "--compile --amp"}
     contenders = {"the usual way": Contender(usual.training, 128),
                   **{name: Contender(our_training, given) for name, given in flags.items()}}
     speeds = in_turn(contenders, args.rounds)
@@ -388,6 +392,10 @@ def main(argv=None):
         for part in parts:
             try:
                 report[part] = MEASURE[part](args)
+            except KeyboardInterrupt:
+                for contender in STARTED:
+                    contender.process.kill()
+                raise
             finally:
                 for contender in STARTED:
                     contender.close()

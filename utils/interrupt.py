@@ -9,9 +9,14 @@ import sys
 from contextlib import contextmanager, suppress
 
 
+def reports():
+    """Whether this process is the one of those that torchrun has started on this machine that tells what is wrong."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def exit_at_once(*_):
     """A handler of SIGINT for a process that holds nothing yet, or nothing any more."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":        # of several processes on a machine one says so
+    if reports():
         with suppress(OSError):
             os.write(2, f"\n{os.path.basename(sys.argv[0])}: interrupted\n".encode(errors="replace"))
     os._exit(130)
