@@ -42,6 +42,7 @@ def processes():
 
 def _run_script(script, arguments, cwd, environment, output, prepare):
     """What a process of start() does."""
+    multiprocessing.set_start_method(None, force=True)          # for processes of its own, as in any other script
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
