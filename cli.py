@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
         with interrupt.as_exception():
             try:
                 yield
-                sys.stdout.flush()
+                if sys.stdout:          # not closed
+                    sys.stdout.flush()
             except (OSError, ValueError) as error:
                 self.error(describe(error), processes.speaks())
             except RuntimeError as error:
