@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def processes():
 
 def _run_script(script, arguments, cwd, environment, output, prepare):
     """What a process of start() does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)          # for processes of its own, as in any other script
     os.chdir(cwd)
     os.environ.clear()
@@ -101,7 +103,12 @@ def run_script(script, *arguments, cwd, prepare=None):
 def run_command(*command, cwd=ROOT, **environment):
     """Run a command in which Python itself starts anew, with more environment variables."""
     return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env=os.environ | environment)
+                          stdin=subprocess.DEVNULL, env=os.environ | environment, preexec_fn=obey_ctrl_c)
+
+
+def obey_ctrl_c():
+    """Take back that SIGINT is ignored, as it is in what a shell starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, process):

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, import_script, run_command
+from helpers import ROOT, import_script, obey_ctrl_c, run_command
 
 import arguments
 import checkpoint
@@ -103,7 +103,7 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(module, script, tmp_path):
                                        "    time.sleep(0.01)\n")
     words = [] if script != "codes.py" else ["--output", "x"]
     process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=obey_ctrl_c)
     while not (tmp_path / "importing").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
