@@ -6,7 +6,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := $(filter-out codes.py evaluate.py figures.py generate.py testers.py train_%.py, $(wildcard *.py utils/*.py))
+CODE := $(filter-out codes.py evaluate.py minimal.py figures.py generate.py testers.py train_%.py, $(wildcard *.py utils/*.py))
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 all: models/$(NAME)/trained
