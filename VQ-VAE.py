@@ -325,7 +325,10 @@ def train(args, parser, argv):
         else:
             run = Run(args)
         run.check_alike()
-        run.note_environment() if args.resume else run.choose_precision()
+        if args.resume:
+            run.note_environment()
+        else:
+            run.choose_precision()
         if processes.leads():
             with cli.named("--output-folder", args.output_folder):
                 write_beginning(args, run, models, logs)

@@ -330,7 +330,10 @@ def train(args, parser, argv):
               f"{len(run.test_set):,} to test" + processes.told()
               + (f", from step {run.progress.step:,} on." if args.resume else "."))
         run.encode()
-        run.note_environment() if args.resume else run.choose_precision()
+        if args.resume:
+            run.note_environment()
+        else:
+            run.choose_precision()
         if processes.leads():
             with cli.named("--model", path):
                 write_beginning(args, run, folder, logs)
