@@ -102,7 +102,8 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(module, script, tmp_path):
                                        "while True:\n"
                                        "    time.sleep(0.01)\n")
     words = [] if script != "codes.py" else ["--output", "x"]
-    process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
+    process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=tmp_path,
+                               env={"PYTHONPATH": str(tmp_path), "MPLCONFIGDIR": str(tmp_path)},       # it may talk
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=obey_ctrl_c)
     while not (tmp_path / "importing").exists():
         assert process.poll() is None, process.communicate()
