@@ -291,6 +291,7 @@ def test_where_torch_compiles_nothing_the_function_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("not in this version\nof Python")))
     assert fast.compiled(torch.neg, said.append) is torch.neg and said == ["not in this version"]
     assert fast.first_line(IndexError()) == "IndexError"
+    assert fast.first_line(ValueError("it raised:\n  Compiler: none\nmore")) == "it raised: Compiler: none"
 
 
 @needs_a_compiler
