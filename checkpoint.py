@@ -31,6 +31,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from classifier import DigitClassifier
 from files import write_whole
@@ -189,6 +190,15 @@ def load_classifier(path, device="cpu"):
     return _rebuilt(DigitClassifier, {**contents, "config": {}}, device), contents
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: for a tensor without memory it would import torch's compiler, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def _rebuilt(kind, contents, device):
     """A model made from what its checkpoint says, in evaluation mode."""
     try:
@@ -198,7 +208,7 @@ def _rebuilt(kind, contents, device):
         if config.get("layers", 0) > len(state):
             raise ValueError(f"{config['layers']} layers in {len(state)} tensors")
         # First without memory: sizes that a damaged file only says it has must not ask for any.
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             expected = kind(**config).state_dict()
         for name, value in expected.items():
             if name in state and state[name].shape != value.shape:

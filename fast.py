@@ -112,6 +112,6 @@ def compiled(function, say):
 
 
 def first_line(error):
-    """The first line of an error's message, with the next where it announces one; the error's name without a message."""
+    """The first line of an error's message, with the next where it announces one; without a message, its name."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
