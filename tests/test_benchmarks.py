@@ -16,8 +16,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import speed
 import usual
 
-pytestmark = pytest.mark.rounding
-
 
 @pytest.mark.parametrize("nearest", [usual.full_matrix, usual.cdist])
 def test_usual_quantizers_have_our_values_and_gradients(nearest):

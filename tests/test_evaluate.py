@@ -11,8 +11,6 @@ from helpers import bundled_digits, give_up_privileges, import_script, run_scrip
 
 import checkpoint
 
-pytestmark = pytest.mark.rounding
-
 
 @pytest.fixture(scope="module")
 def measured(trained, tmp_path_factory):

@@ -11,8 +11,6 @@ from PIL import Image
 import checkpoint
 import data
 
-pytestmark = pytest.mark.rounding
-
 SIDE = 10 * 28 + 11 * 2         # ten digits, with two pixels around each
 
 
