@@ -1,16 +1,16 @@
 # make                  train on the bundled digits, write three grids of digits, say where everything is
 # make test             run the tests
 # make test-processors  run those that depend on rounding again, as on two other kinds of processor
-# All set up .venv first, once. With another Python: make PYTHON=python3.12
+# Each sets up .venv first, once. With another Python: make PYTHON=python3.12
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 NAME := quickstart
-CODE := $(filter-out codes.py evaluate.py minimal.py figures.py generate.py testers.py train_%.py, $(wildcard *.py utils/*.py))
+CODE := $(wildcard *.py data/*.py metrics/*.py utils/*.py)
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 all: models/$(NAME)/trained
-	$(RUN) generate.py --model models/$(NAME)/best.pt --input MNIST --filename $(NAME)-reconstructed
+	$(RUN) generate.py --model models/$(NAME)/best.pt --input test --filename $(NAME)-reconstructed
 	$(RUN) generate.py --model models/$(NAME)/best.pt --input random --filename $(NAME)-random
 	$(RUN) generate.py --input prior --filename digits
 	@echo
@@ -21,26 +21,30 @@ all: models/$(NAME)/trained
 	@echo "The logs:              logs/$(NAME)"
 	@echo "To look at the logs:   .venv/bin/tensorboard --logdir logs, then open http://localhost:6006"
 
-# A name of its own, so that no run trained by hand is replaced. The flags that measured best on the bundled digits; README.md has the figures.
+# A name of its own, so that no run trained by hand is replaced. docs/results.md has the figures of these flags.
 models/$(NAME)/trained: $(CODE) | .venv/ready
 	$(RUN) VQ-VAE.py --dataset MNIST-10k --batch-size 32 --lr 4e-3 --beta 0.25 --output-folder $(NAME) --overwrite
 	@touch $@
 
-test: .venv/ready
+test: .venv/ready-dev
 	$(PYTEST)
 
-# torch and its libraries for vectors, convolutions and products of matrices are told to use fewer instructions.
-test-processors: .venv/ready
+# torch, oneDNN and MKL are limited to older vector instructions.
+test-processors: .venv/ready-dev
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE \
 		$(PYTEST) -m rounding
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) -m rounding
 
-# The stamp comes last, so that an installation that broke off starts again.
+# Touched last, so that an interrupted installation starts again.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
 	@echo "Setting up .venv: torch is large, this takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 
 .PHONY: all test test-processors

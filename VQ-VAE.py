@@ -7,16 +7,16 @@ if __name__ == "__main__":
     from utils import interrupt
     interrupt.exit_at_once_from_here()
 
-import arguments
-import cli
+from utils import arguments, cli
 
+DOWNSAMPLE = 4              # pixels that a code covers, in each direction
 LARGEST_SIDE = 512          # pixels
 SCHEDULES = "constant", "cosine", "onecycle"
 CODEBOOK_UPDATES, CODEBOOK_INITS = ("gradient", "ema"), ("kmeans", "uniform")
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
 
     group = parser.add_argument_group("data")
@@ -25,29 +25,29 @@ def get_parser():
                             f"download, folder is any folder of images {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
-    group.add_argument("--image-size", type=arguments.multiple_of_4(LARGEST_SIDE), default=64, metavar="S",
-                       help=f"with --dataset folder: images become S×S pixels, S is a multiple of 4 {shown}")
+    group.add_argument("--image-size", type=arguments.multiple_of(DOWNSAMPLE, 8, LARGEST_SIDE), default=64, metavar="S",
+                       help=f"with --dataset folder: images become S×S pixels, S is a multiple of {DOWNSAMPLE} {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
-    group.add_argument("--num-workers", type=arguments.whole_number(0, 256), default=0, metavar="N",
+    group.add_argument("--num-workers", type=arguments.integer(0, 256), default=0, metavar="N",
                        help=f"processes that load batches; 0 is fastest for data held in memory {shown}")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=arguments.whole_number(1), default=40, metavar="D",
+    group.add_argument("--hidden-size", type=arguments.integer(1), default=40, metavar="D",
                        help=f"size D of a latent vector and of the hidden layers {shown}")
-    group.add_argument("--k", type=arguments.whole_number(1), default=512, metavar="K",
+    group.add_argument("--k", type=arguments.integer(1), default=512, metavar="K",
                        help=f"number of codes in the codebook {shown}")
     group.add_argument("--codebook-update", type=arguments.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
                        help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
     group.add_argument("--codebook-init", type=arguments.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
-    group.add_argument("--restart-after", type=arguments.whole_number(0), default=20, metavar="STEPS",
+    group.add_argument("--restart-after", type=arguments.integer(0), default=20, metavar="STEPS",
                        help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=arguments.whole_number(1), default=128, metavar="N",
+    group.add_argument("--batch-size", type=arguments.integer(1), default=128, metavar="N",
                        help=f"images per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", "--num_epoch", type=arguments.whole_number(1), default=10, metavar="N",
+    group.add_argument("--num-epochs", "--num_epoch", type=arguments.integer(1), default=10, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=arguments.number(above=0), default=2e-4, metavar="RATE",
                        help=f"learning rate of Adam, the highest one of a schedule {shown}")
@@ -55,7 +55,7 @@ def get_parser():
                        help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
     group.add_argument("--beta", type=arguments.number(minimum=0), default=1.0, metavar="β",
                        help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
-    group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
+    group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order and restarts {shown}")
     group.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
                        help=f"{arguments.DEVICES} {shown}")
@@ -68,70 +68,83 @@ def get_parser():
     return parser
 
 
-def parse_arguments(argv=None):
-    """The parser and its arguments, held against each other."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
+def check_arguments(parser, args):
+    """End with an error if arguments contradict each other."""
     if args.dataset != arguments.DATASETS[-1] and not args.resume:
         parser.check_unused(args, ("image_size", "channels"), "is used only with --dataset folder, add it")
-    return parser, args
 
 
 if __name__ == "__main__":
-    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import data
-import fast
-import files
-import inputs
-import processes
-import resume
-import tracking
-from metrics import evaluate, perplexity
+from metrics import code_counts, evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
+from utils import distributed, files, inputs, speed, tensorboard_logs
+from utils.train_state import check_metadata, seed_everything
+from utils.trainer import RunFiles, Trainer
 
 SHOWN_IMAGES = 64           # test images in TensorBoard
+# Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
 
 
-# ---------------------------------------------------------------- the run's folders
+# ---------------------------------------------------------------- the training
 
-def check_folders(args, models, logs, last):
-    """Raise ValueError if the run could not be written, or not go on from the file `last`."""
-    with cli.named("--output-folder", args.output_folder):
-        if not args.resume:
-            files.check_free((models, logs), args.overwrite)
-        elif not last.is_file():
-            raise ValueError(f"there is no {last} to --resume: start the run anew, with --overwrite if it has a folder")
-        else:
-            files.check_writable(last)
-            files.check_writable(logs / "events")
+def train(trainer, batches):
+    """Epoch after epoch: train, evaluate, save, log."""
+    args, model, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
+    quantizer = model.quantizer
+
+    def forward(x):
+        """The losses of images x (B, C, H, W), and the codes chosen for them (B, h, w)."""
+        with trainer.autocast():
+            output = model(x)
+            return vqvae_losses(x, output, args.beta), output.indices
+
+    # Compiled only once K-means has run: before, the quantizer branches on a buffer.
+    forward = trainer.accelerate(forward, compile_if=lambda: quantizer.known_initialised)
+    for epoch in trainer.epochs():                            # where it left off, if resumed
+        model.train()
+        for images, _ in trainer.batches(batches.train):
+            x = data.to_model_range(images, args.device)              # (B, C, H, W) in [-1, 1]
+            losses, indices = forward(x)
+            optimizer.zero_grad()
+            losses.total.backward()
+            optimizer.step()
+            schedule.step()
+            trainer.after_step(losses, code_counts(indices, args.k))  # log, save, notice signals
+
+        test_losses, test_counts = evaluate(model, batches.test, args.device, args.beta)
+        trainer.save_epoch(test_losses.reconstruction, test_losses._asdict())
+        if distributed.is_main_process():
+            log_epoch(trainer, epoch, test_losses, test_counts, batches.shown)
 
 
-def prepare_folders(models, logs):
-    """Make the run's folders, without the files of a former run. Other files in them are kept."""
-    logs.mkdir(parents=True, exist_ok=True)
-    files.remove_temporary(models)
-    # last.pt first: without the others it is nothing to resume.
-    for pattern in ("last.pt", "best.pt", "model_[0-9]*.pt", "prior.pt", "prior-last.pt", "args.json",
-                    tracking.TRACK, tracking.PRIOR_TRACK):
-        for path in models.glob(pattern):
-            path.unlink()
-    tracking.remove_logs(logs)
-
-
-def settings(run):
-    """The arguments and the environments that a run's figures come from, as plain values."""
-    return {**vars(run.args), "bfloat16": run.bfloat16, "environments": run.environments}
+def log_epoch(trainer, epoch, test_losses, test_counts, shown):
+    """The epoch's line in the track, its curves and its pictures; after the last epoch, the codebook's as well."""
+    args, model, state, writer = trainer.args, trainer.model, trainer.state, trainer.writer
+    train_losses, restarts = Losses(*state.mean_losses()), state.restarts.item()
+    tensorboard_logs.log_epoch(writer, epoch, test_losses, test_counts, state.code_counts.cpu(), restarts)
+    with trainer.optional("the reconstructions"):
+        tensorboard_logs.log_images(writer, model, shown, epoch)
+    if epoch == args.num_epochs:
+        with trainer.optional("the codebook in the projector"):
+            tensorboard_logs.log_codebook(writer, model, test_counts, trainer.metadata["dataset"]["shape"], epoch)
+        tensorboard_logs.log_hparams(writer, {**hparams(args), "amp": trainer.bfloat16}, test_losses, test_counts)
+    trainer.add_track_line(tensorboard_logs.track_line(
+        epoch, state.step, *train_losses[:3], *test_losses[:3], perplexity(test_counts),
+        int((test_counts > 0).sum()), restarts, trainer.seconds()))
 
 
 def hparams(args):
@@ -140,12 +153,54 @@ def hparams(args):
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- data, model, optimizer
 
-def be_deterministic(device):
-    if device.startswith("cuda"):       # on the CPU the same seed gives the same run by itself
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+class Batches(NamedTuple):
+    """The data of a training."""
+
+    train_set: Dataset
+    test_set: Dataset
+    train: DataLoader               # of this process's shard of each batch
+    test: DataLoader
+    generator: torch.Generator      # of the training images' order
+    shown: torch.Tensor             # test images (B, C, H, W) in [-1, 1] for TensorBoard
+
+
+def load_batches(args):
+    distributed.use_own_gpu(args.device)
+    with cli.errors_name_flag("--batch-size", args.batch_size):
+        batch_size = distributed.per_process_batch_size(args.batch_size, fixed=args.resume)
+    train_set, test_set = inputs.load_data(
+        args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
+    on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
+    if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
+        train_set, test_set = train_set.to(args.device), test_set.to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    return Batches(
+        train_set, test_set, data.batches(train_set, batch_size, generator, args.num_workers, on_gpu and in_workers),
+        data.batches(distributed.shard(test_set), batch_size, None, args.num_workers, on_gpu and in_workers),
+        generator, data.to_model_range(test_set[:SHOWN_IMAGES][0], args.device))
+
+
+def build_trainer(args, files, batches, saved=None):
+    """The Trainer of a new model. saved: the contents of the checkpoint to resume from, if there is one."""
+    set_deterministic(args.device)
+    seed_everything(args.seed)
+    config = {"channels": batches.train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
+              "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
+              "restart_after": args.restart_after}
+    metadata = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
+                "dataset": data.describe(args.dataset, args.data_folder, batches.train_set)}
+    if saved:
+        check_metadata(metadata, saved)
+    with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
+        model = VectorQuantizedVAE(**config).to(args.device, memory_format=speed.memory_format(args.device))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
+    schedule = make_schedule(args.lr_schedule, optimizer, args.lr, args.num_epochs * len(batches.train))
+    return Trainer(
+        args, files, metadata, model, optimizer, schedule, batches.generator, len(batches.train_set), Losses._fields,
+        step_tag="loss/train/", track=["  ".join(tensorboard_logs.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
+        code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
 
 
 def make_schedule(name, optimizer, lr, steps):
@@ -157,204 +212,101 @@ def make_schedule(name, optimizer, lr, steps):
     return lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
-def build_model(config, device):
-    """The VectorQuantizedVAE of a configuration. Raises ValueError if there is no memory for it."""
-    try:
-        return VectorQuantizedVAE(**config).to(device, memory_format=fast.layout(device))
-    except RuntimeError as error:       # torch's way to say that memory is short
-        raise ValueError(f"--hidden-size {config['hidden_size']} --k {config['num_codes']}: "
-                         "no memory for a model of this size, choose smaller ones") from error
+def set_deterministic(device):
+    if device.startswith("cuda"):       # on a CPU the same seed gives the same run as it is
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-@dataclass(kw_only=True)
-class Progress(resume.Progress):
-    """Where the training of a VQ-VAE stands."""
+# ---------------------------------------------------------------- the run's folders
 
-    counts: torch.Tensor            # (K,), the use of the codes in the epoch's steps
-    restarts: torch.Tensor          # the quantizer's own count of codes that moved in the epoch
-
-    def next_epoch(self, generator):
-        super().next_epoch(generator)
-        self.counts.zero_()
-        self.restarts.zero_()
-
-
-class Run(resume.Run):
-    """The training of a VQ-VAE, from the arguments: its data, its model, and all that changes on the way.
-
-    saved: the contents of the checkpoint that it is to go on from, if there is one.
-    """
-
-    losses = Losses._fields
-
-    def __init__(self, args, saved=None):
-        processes.use_device(args.device)
-        with cli.named("--batch-size", args.batch_size):
-            self.share = processes.split(args.batch_size, fixed=args.resume)
-        train_set, self.test_set = inputs.load_data(
-            args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
-        on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
-        if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
-            train_set, self.test_set = train_set.to(args.device), self.test_set.to(args.device)
-        be_deterministic(args.device)
-        resume.seed_everything(args.seed)
-        generator = torch.Generator().manual_seed(args.seed)
-        self.train_batches = data.batches(train_set, self.share, generator, args.num_workers, on_gpu and in_workers)
-        self.test_batches = data.batches(processes.part(self.test_set), self.share, None, args.num_workers,
-                                         on_gpu and in_workers)
-        self.shown = data.to_model_range(self.test_set[:SHOWN_IMAGES][0], args.device)
-        config = {"channels": train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
-                  "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
-                  "restart_after": args.restart_after}
-        about = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
-                 "dataset": data.describe(args.dataset, args.data_folder, train_set)}
-        if saved:
-            resume.check_about(about, saved)
-        model = build_model(config, args.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
-        steps = len(self.train_batches)
-        schedule = make_schedule(args.lr_schedule, optimizer, args.lr, args.num_epochs * steps)
-        super().__init__(args, about, model, optimizer, schedule, generator, steps, len(train_set),
-                         Progress, track=["  ".join(tracking.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
-                         counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
-        self.eager, self.compiled = self.losses_of, self.compiled_if_asked(self.losses_of)
-
-    def losses_of(self, x):
-        """Losses of images x (B, C, H, W), and the codes chosen (B·h·w,)."""
-        with self.autocast():
-            output = self.model(x)
-            return vqvae_losses(x, output, self.args.beta), output.indices.flatten()
-
-    def probe_batch(self, count):
-        return (self.shown[:count],)
-
-    def probe_loss(self, model, x):
-        return vqvae_losses(x, model(x), self.args.beta).total
-
-    def take_steps(self, writer, bar):
-        """The steps of the epoch that are not done yet. Yields after each of them, so that the run can be saved."""
-        self.model.train()
-        args, progress, quantizer = self.args, self.progress, self.model.quantizer
-        # Asked here, so that a run that goes on compiles the same steps as one that was not broken off.
-        quantizer.known_initialised = quantizer.initialised.item()
-        for number, (images, _) in enumerate(self.train_batches):
-            if number < progress.batches:       # done before the run was broken off
-                continue
-            x = data.to_model_range(images, args.device)              # (B, C, H, W)
-            # K-means asks the codebook whether it has been, and a batch that is not full would be compiled again.
-            whole = len(x) == self.share and quantizer.known_initialised
-            losses, chosen = (self.compiled if whole else self.eager)(x)
-            self.optimizer.zero_grad()
-            losses.total.backward()
-            self.optimizer.step()
-            processes.average_statistics(self.model)
-            lr = self.schedule.get_last_lr()[0]
-            self.schedule.step()
-
-            images = self.images_of_all(len(x))
-            progress.add(processes.all_mean(torch.stack(losses).detach()), images)
-            used = torch.zeros_like(progress.counts).index_add_(0, chosen, torch.ones_like(chosen))
-            progress.counts += processes.all_sum(used)
-            bar.update(images)
-            if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
-                mean = Losses(*self.finite_losses().mean(dim=0).tolist())
-                if processes.leads():
-                    tracking.log_steps(writer, progress.step, mean, lr)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in mean._asdict().items()}, refresh=False)
-            yield
-
-    def finish_epoch(self, writer, models, start):
-        """Test the model, log the epoch, and write best.pt, model_EPOCH.pt and the track."""
-        args, model, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
-        tested, counts = evaluate(model, self.test_batches, args.device, args.beta)
-        better = tested.reconstruction < progress.best
-        if better:
-            progress.best, progress.best_epoch = tested.reconstruction, epoch
-        if not processes.leads():
-            return
-        trained = Losses(*(progress.sums / progress.images).tolist())
-        restarts = progress.restarts.item()
-        tracking.log_epoch(writer, epoch, tested, counts, progress.counts.cpu(), restarts)
-        tracking.log_images(writer, model, self.shown, epoch)
-        if epoch == args.num_epochs:
-            tracking.log_codebook(writer, model, counts, self.about["dataset"]["shape"], epoch)
-            tracking.log_hparams(writer, {**hparams(args), "amp": self.bfloat16}, tested, counts)
-
-        contents = {**self.about, "model": model.state_dict(), "epoch": epoch, "step": progress.step,
-                    "test": tested._asdict()}
-        if better:
-            checkpoint.save(models / "best.pt", contents)
-        checkpoint.save(models / f"model_{epoch}.pt", contents)
-        progress.track.append(tracking.track_line(
-            epoch, progress.step, *trained[:3], *tested[:3], perplexity(counts), int((counts > 0).sum()), restarts,
-            time.perf_counter() - start))
-        tracking.write_track(models / tracking.TRACK, progress.track)
-        print(progress.track[-1], flush=True)
+def check_folders(args, models, logs, last):
+    """Raise ValueError if the run could not be written, or not be resumed from the file `last`. Touches nothing."""
+    with cli.errors_name_flag("--output-folder", args.output_folder):
+        if not args.resume:
+            files.check_unused_folders((models, logs), args.overwrite)
+        elif not last.is_file():
+            raise ValueError(f"there is no {last} to --resume: start the run anew, with --overwrite if it has a folder")
+        else:
+            files.check_writable(last)
+            files.check_writable(logs / "events")
 
 
-def write_beginning(args, run, models, logs):
-    """Prepare the folders for the steps to come."""
+def prepare_folders(trainer, models, logs):
+    """Clear the run's folders of a former run, or when resuming of what is about to be done again. Other files stay."""
+    args, state = trainer.args, trainer.state
     if args.resume:
-        files.remove_temporary(models)
-        tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1)
+        files.remove_temporary_files(models)
+        tensorboard_logs.truncate_logs(logs, state.step, state.epoch - 1)
     else:
-        files.check_free((models,), args.overwrite)         # another run may have been faster
-        prepare_folders(models, logs)
-    files.write_whole(models / "args.json", json.dumps(settings(run), indent=2).encode())
-    tracking.write_track(models / tracking.TRACK, run.progress.track)
+        files.check_unused_folders((models,), args.overwrite)         # another run may have been faster
+        logs.mkdir(parents=True, exist_ok=True)
+        files.remove_temporary_files(models)
+        # last.pt first: an interrupted deletion must not leave a run that could be resumed.
+        for pattern in ("last.pt", "best.pt", "model_[0-9]*.pt", "prior.pt", "prior-last.pt", "args.json",
+                        tensorboard_logs.TRACK, tensorboard_logs.PRIOR_TRACK):
+            for path in models.glob(pattern):
+                path.unlink()
+        tensorboard_logs.remove_logs(logs)
+    settings = {**vars(args), "bfloat16": trainer.bfloat16, "environments": trainer.environments}
+    files.write_atomically(models / "args.json", json.dumps(settings, indent=2).encode())
+    tensorboard_logs.write_track(models / tensorboard_logs.TRACK, state.track)
 
 
-def train(args, parser, argv):
-    """Train from the start, or with --resume from where last.pt stands."""
+def run(args, parser, argv):
+    """Train from the start, or with --resume from the state in last.pt."""
     args.device = inputs.find_device(args.device)
     models, logs = Path("models", args.output_folder), Path("logs", args.output_folder)
     last, flag = models / "last.pt", f"--output-folder {args.output_folder}"
-    command = processes.command("VQ-VAE.py", "--resume", "--output-folder", args.output_folder)
-    one = processes.by_the_first
-    if processes.leads():
+    resume_command = distributed.launch_command("VQ-VAE.py", "--resume", "--output-folder", args.output_folder)
+    run_files = RunFiles(last, models / "best.pt", models / tensorboard_logs.TRACK, logs, "", resume_command,
+                         every_epoch=f"{models}/model_{{}}.pt")
+    if distributed.is_main_process():
         check_folders(args, models, logs, last)
-    # Everything that can be wrong is found, by all processes, before a file is written.
-    with one(files.locked(models, flag)), one(files.locked(logs, flag)):
+    # Whatever can be wrong is found, by all processes, before a file is written.
+    only = distributed.main_process_only
+    with only(files.locked_folder(models, flag)), only(files.locked_folder(logs, flag)):
         if args.resume:
-            with cli.named("--resume", last):
+            with cli.errors_name_flag("--resume", last):
                 _, saved = checkpoint.load_model(last)
-                args = parser.continued(args, argv, saved)
+                args = parser.resumed_arguments(args, argv, saved)
                 args.device = inputs.find_device(args.device)
-                run = Run(args, saved)
-                run.go_on(saved)
+                batches = load_batches(args)
+                trainer = build_trainer(args, run_files, batches, saved)
+                trainer.load_state(saved)
         else:
-            run = Run(args)
-        run.check_alike()
+            batches = load_batches(args)
+            trainer = build_trainer(args, run_files, batches)
+        trainer.check_same_everywhere(batches.test_set.labels.tolist())
         if args.resume:
-            run.note_environment()
+            trainer.note_environment()
         else:
-            run.choose_precision()
-        if processes.leads():
-            with cli.named("--output-folder", args.output_folder):
-                write_beginning(args, run, models, logs)
-        print(f"Training on {run.about['dataset'].get('folder', args.dataset)}: {run.images:,} images, "
-              f"{len(run.test_set):,} to test, on {args.device}"
-              + processes.told() + (f", from step {run.progress.step:,} on." if args.resume else "."))
-        print(*run.progress.track, sep="\n", flush=True)
+            trainer.choose_precision(lambda model, x: vqvae_losses(x, model(x), args.beta).total, (batches.shown,))
+        if distributed.is_main_process():
+            with cli.errors_name_flag("--output-folder", args.output_folder):
+                prepare_folders(trainer, models, logs)
+        print(f"Training on {trainer.metadata['dataset'].get('folder', args.dataset)}: {trainer.num_images:,} images, "
+              f"{len(batches.test_set):,} to test, on {args.device}" + distributed.describe_processes()
+              + (f", from step {trainer.state.step:,} on." if args.resume else "."))
+        print(*trainer.state.track, sep="\n", flush=True)
         start = time.perf_counter()
-        with resume.Signals() as signals, resume.kept(last, command, args.batch_size), one(
-                tracking.opened(logs)) as writer:
-            if not args.resume and processes.leads():
-                tracking.log_images(writer, run.model, run.shown, epoch=0)
-            run.learn(writer, last, signals)
-    if not run.finished():
-        resume.stop(signals.received, run.progress, last, command)
-    print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {run.progress.best:.4f}, "
-          f"in epoch {run.progress.best_epoch}.\n"
-          f"  checkpoint  {models / 'best.pt'}\n  track       {models / tracking.TRACK}\n  logs        {logs}\n"
-          f"Next: python3 generate.py --model {models / 'best.pt'} --input test\n"
+        with trainer.running():
+            if not args.resume and distributed.is_main_process():
+                with trainer.optional("the first reconstructions"):
+                    tensorboard_logs.log_images(trainer.writer, trainer.model, batches.shown, epoch=0)
+            train(trainer, batches)
+    print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {trainer.state.best:.4f}, "
+          f"in epoch {trainer.state.best_epoch}.\n"
+          f"  checkpoint  {run_files.best}\n  track       {run_files.track}\n  logs        {logs}\n"
+          f"Next: python3 generate.py --model {run_files.best} --input test\n"
           f"      tensorboard --logdir logs")
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
-    with parser.bad_input_in_one_line(), processes.joined():
-        train(args, parser, argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line(), distributed.process_group():
+        run(args, parser, argv)
 
 
 if __name__ == "__main__":

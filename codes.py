@@ -1,19 +1,17 @@
 """Write a data set's codes to a file: python3 codes.py [--model models/NAME/best.pt] --output codes.npz ...
 
-And back: python3 codes.py --decode codes.npz --output images.npz turns them into images again. Without --model it uses
-the shipped one.
+And back: python3 codes.py --decode codes.npz --output images.npz decodes them. Without --model it uses the shipped one.
 """
 
 if __name__ == "__main__":
     from utils import interrupt
     interrupt.exit_at_once_from_here()
 
-import arguments
-import cli
+from utils import arguments, cli
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
     cli.add_model_arguments(parser)
     parser.add_argument("--part", type=arguments.one_of("train", "test"), default="train", metavar="WHICH",
@@ -21,24 +19,21 @@ def get_parser():
     parser.add_argument("--decode", type=arguments.file_name, metavar="FILE",
                         help="decode this file of codes (default: encode the data set)")
     parser.add_argument("--output", type=arguments.file_name, required=True, metavar="FILE",
-                        help="the file to write, in NumPy's .npz format; folders are made (required)")
+                        help="the file to write, in NumPy's .npz format; its folders are created (required)")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace such a file at --output (default: leave it untouched and stop)")
+                        help="replace such a file at --output (default: leave it unchanged and stop)")
     return parser
 
 
-def parse_arguments(argv=None):
-    """The parser and its arguments, held against each other."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
+def check_arguments(parser, args):
+    """End with an error if arguments contradict each other."""
     if args.decode:
         parser.check_unused(args, ("dataset", "data_folder", "num_workers", "part"),
                             "is used only to encode, leave out --decode")
-    return parser, args
 
 
 if __name__ == "__main__":
-    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import io
 import math
@@ -51,67 +46,65 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import files
-import inputs
-import quality
-from files import write_whole
-from metrics import at_once, code_maps
+from data import code_maps
+from metrics import samples
+from utils import files, inputs
+from utils.memory import items_that_fit
 
-# What a file of codes holds.
+# In a file of codes.
 ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_names", "part", "model_sha256")
 
 
 # ---------------------------------------------------------------- files
 
 def check_output(path, array, overwrite):
-    """Raise ValueError if a file that holds `array` could not be written to path. Touches nothing.
+    """Raise ValueError if a file with `array` in it could not be written to path. Touches nothing.
 
-    One that stands there is replaced with --overwrite alone, and no file of another kind is.
+    An existing one is replaced only with --overwrite, and no file of another kind is.
     """
     if path.is_file():
         if not overwrite:
-            raise ValueError("is there already: replace it with --overwrite")
+            raise ValueError("exists: replace it with --overwrite")
         try:
             with zipfile.ZipFile(path) as archive:
                 known = {f"{array}.npy", "model_sha256.npy"} <= set(archive.namelist())
         except zipfile.BadZipFile:
             known = False
         if not known:
-            raise ValueError(f"is there and is no file of {array}: choose another name")
+            raise ValueError(f"exists and is not a file of {array}: choose another name")
     elif path.exists():
-        raise ValueError("is there and is no file: choose another name")
+        raise ValueError("exists and is not a file: choose another name")
     files.check_writable(path)
 
 
 def write(path, arrays):
-    """Write arrays so that path holds the old file or the new one. → its size in bytes."""
+    """Write arrays to path, atomically. → the file's size in bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getbuffer())
+    files.write_atomically(path, buffer.getbuffer())
     return buffer.getbuffer().nbytes
 
 
 def read_codes(path, model, sha256):
-    """The arrays in a file of codes, all of ARRAYS, of the model in evaluation mode whose file has this SHA-256.
+    """All of ARRAYS from a file of codes. sha256: of the model's file.
 
-    Raises OSError if it cannot be opened, ValueError if it is no such file or its codes are another model's.
+    Raises OSError if it cannot be opened, ValueError if it is not such a file, or its codes are another model's.
     """
-    contents = Path(path).read_bytes()              # read here, so that an OSError is the system's
+    contents = Path(path).read_bytes()              # outside the try, so that an OSError passes
     try:
         with np.load(io.BytesIO(contents), allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
         indices, labels, shape = arrays["indices"], arrays["labels"], arrays["image_shape"].tolist()
         C, H, W = shape
         fits = (indices.dtype.kind == labels.dtype.kind == "u" and indices.ndim == 3 and indices.size > 0
-                and indices.shape == (*labels.shape, H // 4, W // 4) and model.channels == C
-                and not (H % 4 or W % 4))
-    except Exception as error:                      # a damaged file makes numpy raise whatever it trips over
+                and indices.shape == (*labels.shape, *model.map_size(H, W)) and model.channels == C)
+    except Exception as error:                      # a damaged file can make numpy raise anything
         raise ValueError("not a file of codes: it is damaged or of another kind") from error
     if str(arrays["model_sha256"]) != sha256:
         raise ValueError("its codes belong to another model: give the path of theirs with --model")
     if not fits or indices.max() >= model.quantizer.num_codes:
-        raise ValueError(f"its codes {indices.dtype} {indices.shape}, for images {shape}, are not the model's: "
+        raise ValueError(f"its codes {indices.dtype} {indices.shape}, for images {shape}, do not fit the model: "
                          "the file is damaged")
     return arrays
 
@@ -120,54 +113,55 @@ def read_codes(path, model, sha256):
 
 def encode(model, dataset, args):
     """A data set → its codes (N, h, w) and labels (N,), in the smallest unsigned types that hold them."""
-    batches = data.batches(dataset, at_once(*dataset.shape[1:]), None, args.num_workers)
+    batches = data.batches(dataset, items_that_fit(pixels=math.prod(dataset.shape[1:])), None, args.num_workers)
     with tqdm(total=len(dataset), desc="encoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        maps = code_maps(model, batches, args.device, bar)
+        maps = code_maps.encode(model, batches, args.device, bar)
     return (maps.numpy().astype(np.min_scalar_type(model.quantizer.num_codes - 1)),
             dataset.labels.numpy().astype(np.min_scalar_type(dataset.labels.max().item())))
 
 
 @torch.no_grad()
 def decode(model, indices, device):
-    """Codes (N, h, w) of any whole-number type → uint8 images (N, C, H, W)."""
+    """Codes (N, h, w) of any integer type → uint8 images (N, C, H, W)."""
     images = []
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        for some in quality.decoded(model, torch.from_numpy(indices.astype(np.int64)), device):
-            images.append(data.to_unit_range(some).mul(255).round().byte().cpu().numpy())
-            bar.update(len(some))
+        for batch in samples.decode_batches(model, torch.from_numpy(indices.astype(np.int64)), device):
+            images.append(data.to_unit_range(batch).mul(255).round().byte().cpu().numpy())
+            bar.update(len(batch))
     return np.concatenate(images)
 
 
 def run(args):
     args.device = inputs.find_device(args.device)
     output = Path(args.output)
-    with cli.named("--output", output):
+    with cli.errors_name_flag("--output", output):
         check_output(output, "images" if args.decode else "indices", args.overwrite)
     model, contents, path = inputs.open_model(args)
     sha256 = checkpoint.sha256(path)
     if args.decode:
-        with cli.named("--decode", args.decode):
+        with cli.errors_name_flag("--decode", args.decode):
             arrays = read_codes(args.decode, model, sha256)
         arrays = {"images": decode(model, arrays["indices"], args.device), "labels": arrays["labels"],
                   "model_sha256": sha256}
-        said = f"{len(arrays['images']):,} images"
+        summary = f"{len(arrays['images']):,} images"
     else:
         name, *parts = inputs.open_data(args, contents)
         dataset = parts[args.part == "test"]
-        with cli.named(f"--model {path} --dataset", name):
+        with cli.errors_name_flag(f"--model {path} --dataset", name):
             indices, labels = encode(model, dataset, args)
         K, (h, w) = model.quantizer.num_codes, indices.shape[1:]
         arrays = {"indices": indices, "labels": labels, "num_codes": K, "image_shape": dataset.shape,
                   "dataset": name, "class_names": dataset.classes, "part": args.part, "model_sha256": sha256}
-        said = (f"{len(indices):,} maps of {h}×{w} codes, at log2 {K} = {math.log2(K):.2f} bits each "
-                f"{math.ceil(indices.size * math.log2(K) / 8):,} bytes")
-    with cli.named("--output", output):
+        summary = (f"{len(indices):,} maps of {h}×{w} codes, at log2 {K} = {math.log2(K):.2f} bits each "
+                   f"{math.ceil(indices.size * math.log2(K) / 8):,} bytes")
+    with cli.errors_name_flag("--output", output):
         size = write(output, arrays)
-    print(f"{output}: {size:,} bytes, {said}")
+    print(f"{output}: {size:,} bytes, {summary}")
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
         run(args)
 

@@ -1,9 +1,9 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
-`--input test` reconstructs 100 test images of the model's data set, and the path of an image or of a folder your own;
-with --originals at most 50 of them, each row below its originals. `--input prior` draws new images from the learned
-prior, as many of each class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized.
-Without --model it uses the shipped one.
+`--input test` reconstructs 100 test images of the model's data set, the path of an image or of a folder your own; with
+--originals at most 50 of them, each row below its originals. `--input prior` samples new images from the prior, equally
+many of each class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized. Without
+--model it uses the shipped one.
 """
 
 if __name__ == "__main__":
@@ -13,8 +13,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-import arguments
-import cli
+from utils import arguments, cli
 
 ROWS = 10
 INPUTS = "test", "MNIST", "random", "prior"          # MNIST is the published name of the first
@@ -22,27 +21,27 @@ FOLDER = "generatedImages"
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
     cli.add_model_arguments(parser)
-    parser.add_argument("--input", type=what_to_draw, default="test", metavar="WHAT",
-                        help="test for test images (MNIST says the same), random for noise, prior for new images, "
+    parser.add_argument("--input", type=input_source, default="test", metavar="WHAT",
+                        help="test for test images (MNIST means the same), random for noise, prior for new images, "
                              f"or the path of an image or of a folder of images {shown}")
     parser.add_argument("--filename", type=arguments.name_inside(FOLDER), metavar="NAME",
                         help=f"writes {FOLDER}/NAME.png (default: the input's or the data set's name)")
-    parser.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
-                        help=f"seed of the choice of test images, of the noise, or of the new digits {shown}")
+    parser.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
+                        help=f"seed of the choice of test images, of the noise, or of the samples {shown}")
     parser.add_argument("--originals", action="store_true",
-                        help="with images as input: a row of ten originals above each row of their reconstructions, "
+                        help="with images as input: a row of ten originals above each row of reconstructions, "
                              "at most fifty (default: only reconstructions)")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
-                       help="draw only this class, by its number or its name (default: as many of each)")
+                       help="sample only this class, by its number or its name (default: equally many of each)")
     return parser
 
 
-def what_to_draw(text):
+def input_source(text):
     """A type for --input: one of INPUTS, or else a path."""
     try:
         return arguments.one_of(*INPUTS)(text)
@@ -50,12 +49,10 @@ def what_to_draw(text):
         return Path(arguments.file_name(text))
 
 
-def parse_arguments(argv=None):
-    """The parser and its arguments, held against each other."""
-    parser = get_parser()
-    args = parser.parse_args(argv)
+def check_arguments(parser, args):
+    """End with an error if arguments contradict each other."""
     if args.input != "prior":
-        parser.check_unused(args, (*cli.SAMPLING, "label"), "is used only with --input prior, add it")
+        parser.check_unused(args, (*cli.SAMPLING_ARGUMENTS, "label"), "is used only with --input prior, add it")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
     if args.input not in ("test", "MNIST"):
@@ -65,11 +62,10 @@ def parse_arguments(argv=None):
         hint = arguments.did_you_mean(str(args.input), INPUTS).strip()
         parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder"
                      + f": {hint}" * bool(hint))
-    return parser, args
 
 
 if __name__ == "__main__":
-    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import io
 import sys
@@ -78,10 +74,10 @@ import torch
 from PIL import Image
 
 import data
-import image_folder
-import inputs
-import quality
-from files import write_whole
+from data import image_folder
+from metrics import samples
+from utils import inputs
+from utils.files import write_atomically
 
 
 def test_images(args, contents, path, generator):
@@ -96,13 +92,13 @@ def test_images(args, contents, path, generator):
 def own_images(path, shape, generator):
     """The image at a path, or up to 100 of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
     C, H, W = shape
-    with cli.named("--input", path):
+    with cli.errors_name_flag("--input", path):
         if not path.is_dir():
-            return image_folder.read(path, H, W, C).unsqueeze(0)
-        paths, images = image_folder.files_in(path), []
+            return image_folder.read_image(path, H, W, C).unsqueeze(0)
+        paths, images = image_folder.list_files(path), []
         for row in torch.randperm(len(paths), generator=generator).tolist():
             try:
-                images.append(image_folder.read(paths[row], H, W, C))
+                images.append(image_folder.read_image(paths[row], H, W, C))
             except ValueError as error:         # a folder may hold other things too
                 print(f"left out: {error}", file=sys.stderr)
             if len(images) == ROWS**2:
@@ -113,24 +109,24 @@ def own_images(path, shape, generator):
 
 
 def interleaved(originals, reconstructions):
-    """Rows of ten originals, each above the row of their reconstructions; or one row of each, if there are no ten."""
+    """Rows of ten originals, each above the row of its reconstructions; one row of each if there are fewer."""
     columns = min(ROWS, len(originals))
     count = min(len(originals) // columns * columns, ROWS**2 // 2)
     pairs = torch.stack([originals[:count], reconstructions[:count]])                 # (2, count, C, H, W)
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
-def draw(path, generator, args):
-    """100 code maps (100, h, w) from the prior: as many of each class, or all of them args.label."""
+def sample_prior(path, generator, args):
+    """100 code maps (100, h, w) from the prior: equally many of each class, or all of args.label."""
     prior, classes, _ = inputs.open_prior(args, path)
-    labels = quality.spread_labels(prior.num_classes, ROWS**2)
+    labels = samples.balanced_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
-    return quality.sampled_maps(prior, labels, cli.sampling(args), generator, args.device)
+    return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device)
 
 
 def class_number(text, classes):
-    """The class that a name or a number stands for. Raises ValueError if there is none."""
+    """The class with this name or number. Raises ValueError if there is none."""
     if text in classes:
         return classes.index(text)
     if text.isdecimal() and int(text) < len(classes) and not any(name.isdecimal() for name in classes):
@@ -139,44 +135,52 @@ def class_number(text, classes):
     raise ValueError(f"--label {text}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
 
 
+def input_images(args, contents, path, generator):
+    """The images that --input names, uint8 (B, C, H, W), and a name for the picture."""
+    if not isinstance(args.input, Path):
+        return test_images(args, contents, path, generator)
+    absolute = args.input.resolve()
+    return (own_images(args.input, contents["dataset"]["shape"], generator),
+            (absolute.name if absolute.is_dir() else absolute.stem) or "images")
+
+
 @torch.no_grad()
 def generate(args):
     args.device = inputs.find_device(args.device)
     model, contents, path = inputs.open_model(args)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
-    shape, name = contents["dataset"]["shape"], args.input
     if args.input in ("random", "prior"):
-        _, H, W = shape
-        maps = (draw(path, generator, args) if args.input == "prior" else
-                quality.noise_maps(model, ROWS**2, H // 4, W // 4, generator, args.device))
-        images = torch.cat([*quality.decoded(model, maps, args.device)])
+        map_size, name = model.map_size(*contents["dataset"]["shape"][1:]), args.input
+        maps = (sample_prior(path, generator, args) if args.input == "prior" else
+                samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
+        images = torch.cat([*samples.decode_batches(model, maps, args.device)])
     else:
-        if isinstance(args.input, Path):
-            images, name = own_images(args.input, shape, generator), args.input.resolve()
-            name = (name.name if name.is_dir() else name.stem) or "images"
-        else:
-            images, name = test_images(args, contents, path, generator)
+        images, name = input_images(args, contents, path, generator)
         images = data.to_model_range(images, args.device)
         reconstructions = model(images).reconstruction
         images = interleaved(images, reconstructions) if args.originals else reconstructions
+    save_grid(images.cpu(), args.filename or name, args)
 
-    name = args.filename or name
+
+def save_grid(images, name, args):
+    """Write images (B, C, H, W) in [-1, 1] as a grid into FOLDER, and print its path."""
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
-    with cli.named("--filename", name):
+    with cli.errors_name_flag("--filename", name):
         is_read = isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents)
         if is_read and path.exists():
-            raise ValueError(f"{path} is there already, in --input {args.input}: choose another name")
+            raise ValueError(f"{path} exists, in --input {args.input}: choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         columns = len(images) // 2 if args.originals else ROWS
-        pixels = data.grid(images.cpu(), min(ROWS, columns)).mul(255).round().byte()
+        pixels = data.grid(images, min(ROWS, columns)).mul(255).round().byte()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, format="png")
-        write_whole(path, picture.getbuffer())
+        write_atomically(path, picture.getbuffer())
     print(path)
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
         generate(args)
 

@@ -1,12 +1,19 @@
 """The VQ-VAE on one page: python3 minimal.py [EPOCHS]
 
-The paper (van den Oord et al. 2017, arXiv:1711.00937) as it stands there, trained on the 10,000 bundled digits. What is
-here a line is in modules.py and vector_quantizer.py the same in value and gradient, faster, and keeps its codes alive.
+The paper's equations (van den Oord et al. 2017, arXiv:1711.00937), trained on the 10,000 bundled digits. modules.py and
+vector_quantizer.py compute the same values and gradients, faster, and keep the codes alive.
 
 Letters: B images, h×w = 7×7 latents of one image, D the size of a latent vector, K the number of codes.
 """
 
 import argparse
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("epochs", nargs="?", type=int, default=10)
+    args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"EPOCHS {args.epochs} is not an integer from 1 on")
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +59,7 @@ class VQVAE(nn.Module):
         """Images x (B, 1, 28, 28) in [-1, 1] → their reconstructions, and the three losses of eq. 3."""
         z_e = self.encoder(x)
         e, _ = self.quantize(z_e)
-        z_q = z_e + (e - z_e).detach()                                # straight-through: e in value, z_e in gradient
+        z_q = z_e + (e - z_e).detach()                                # straight-through: value e, gradient to z_e
         x_hat = self.decoder(z_q)
         reconstruction = F.mse_loss(x_hat, x)                         # −log p(x|z_q), but for constants
         codebook = F.mse_loss(e, z_e.detach())                        # ‖sg[z_e] − e‖²: moves the codes
@@ -67,7 +74,7 @@ def main(epochs=10):
     model = VQVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 
-    # The codes start on latents: of those that start around the origin, as at first, hardly any is ever chosen.
+    # The codes start on latents: of those that start around the origin, hardly any would ever be chosen.
     with torch.no_grad():
         latents = model.encoder(data.to_model_range(train_set.images[:128])).permute(0, 2, 3, 1).flatten(0, 2)
         model.codebook.copy_(latents[torch.randperm(len(latents))[:K]])
@@ -95,6 +102,4 @@ def main(epochs=10):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("epochs", nargs="?", type=int, default=10)
-    main(parser.parse_args().epochs)
+    main(args.epochs)

@@ -1,4 +1,4 @@
-"""The encoder, the decoder and the whole VQ-VAE around the quantizer.
+"""The encoder, the decoder, the VQ-VAE around the quantizer, and its losses.
 
 Letters: B images, C channels, H×W pixels, h×w = H/4 × W/4 latents, D latent size, K codes.
 The layers and the names of their parameters are those of the published network.
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vector_quantizer import VectorQuantizer, vq
+
+DOWNSAMPLE = 4              # pixels that a code covers, in each direction
 
 
 class VQVAEOutput(NamedTuple):
@@ -28,8 +30,8 @@ class Losses(NamedTuple):
     """The three losses of eq. 3, each a mean over elements, and their sum with β."""
 
     reconstruction: torch.Tensor    # MSE: −log p(x|z_q) of a Gaussian with fixed variance, but for constants
-    codebook: torch.Tensor          # ‖sg[z_e] − e‖²: moves the codebook alone
-    commitment: torch.Tensor        # ‖z_e − sg[e]‖², without β: moves the encoder alone
+    codebook: torch.Tensor          # ‖sg[z_e] − e‖²: trains only the codebook
+    commitment: torch.Tensor        # ‖z_e − sg[e]‖², without β: trains only the encoder
     total: torch.Tensor             # reconstruction + codebook + β·commitment
 
 
@@ -46,7 +48,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.block = nn.Sequential(
-            nn.Identity(),      # the published ReLU; it keeps the numbers in the parameters' names
+            nn.Identity(),      # in the place of the published ReLU, for the numbers in the parameters' names
             nn.Conv2d(dim, dim, kernel_size=3, padding=1),
             nn.BatchNorm2d(dim),
             nn.ReLU(),
@@ -91,16 +93,16 @@ class Decoder(nn.Sequential):
 
 
 def init_convolution(module):
-    """Xavier-uniform weights and zero biases for convolutions; other modules are left alone."""
+    """Xavier-uniform weights and zero biases for convolutions; other modules are unchanged."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
-def in_usual_layout(x):
-    """x (B, D, h, w) as it is; on MPS, and its gradient too, in the layout in which BatchNorm's gradients are right.
+def contiguous_on_mps(x):
+    """x (B, D, h, w) as it is; on MPS contiguous, its gradient too: BatchNorm's gradients are wrong there otherwise.
 
-    The quantizer has its latents channels last. A view's gradient comes back in the view's order.
+    The quantizer's latents are channels last. A view's gradient has the memory format of the view.
     """
     return x.flatten(1).view(x.shape) if x.device.type == "mps" else x
 
@@ -108,16 +110,18 @@ def in_usual_layout(x):
 class VectorQuantizedVAE(nn.Module):
     """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
 
-    channels is 1 or 3; hidden_size is D; num_codes is K; **codebook holds the other arguments of
-    the VectorQuantizer. Raises ValueError for another number of channels, or a size below 1.
+    channels is 1 or 3; hidden_size is D; num_codes is K; **codebook holds the other arguments of the VectorQuantizer.
+    Raises ValueError for another number of channels, or a size below 1.
     """
+
+    downsample = DOWNSAMPLE
 
     def __init__(self, channels=1, hidden_size=40, num_codes=512, **codebook):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
         if min(hidden_size, num_codes) < 1:
-            raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are whole numbers from 1 on")
+            raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are integers from 1 on")
         self.channels = channels
         self.encoder = Encoder(channels, hidden_size)
         self.quantizer = VectorQuantizer(num_codes, hidden_size, **codebook)
@@ -127,13 +131,13 @@ class VectorQuantizedVAE(nn.Module):
     def forward(self, x):
         """Images x (B, C, H, W) in [-1, 1] → VQVAEOutput. Raises ValueError as encode() does."""
         z_e = self._latents(x)                                        # (B, D, h, w)
-        quantized = self.quantizer(in_usual_layout(z_e))
-        return VQVAEOutput(self.decoder(in_usual_layout(quantized.z_q)), z_e, *quantized)
+        quantized = self.quantizer(contiguous_on_mps(z_e))
+        return VQVAEOutput(self.decoder(contiguous_on_mps(quantized.z_q)), z_e, *quantized)
 
     def encode(self, x):
         """Code indices (B, H/4, W/4) of images (B, C, H, W) in [-1, 1].
 
-        In training mode BatchNorm takes this batch's statistics, and learns from them. Raises ValueError if x is not
+        In training mode BatchNorm uses the batch's statistics, and updates its own. Raises ValueError if x is not
         (B, C, H, W) with H and W multiples of 4.
         """
         return vq(self._latents(x).permute(0, 2, 3, 1), self.quantizer.codebook)
@@ -145,10 +149,19 @@ class VectorQuantizedVAE(nn.Module):
         """
         return self.decoder(self.quantizer.lookup(indices))
 
+    def map_size(self, height, width):
+        """(h, w) of the code map of images of (H, W) pixels. Raises ValueError if there is none."""
+        if min(height, width) < 1 or height % self.downsample or width % self.downsample:
+            raise ValueError(f"images of {height}×{width} pixels do not fit: height and width are multiples of "
+                             f"{self.downsample}")
+        return height // self.downsample, width // self.downsample
+
+    def image_size(self, map_height, map_width):
+        """(H, W) of the images of code maps (h, w)."""
+        return map_height * self.downsample, map_width * self.downsample
+
     def _latents(self, x):
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"images {tuple(x.shape)} are not (B, {self.channels}, H, W)")
-        H, W = x.shape[2:]
-        if H == 0 or W == 0 or H % 4 or W % 4:
-            raise ValueError(f"images of {H}×{W} pixels do not fit: height and width are multiples of 4")
+        self.map_size(*x.shape[2:])
         return self.encoder(x)

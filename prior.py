@@ -1,22 +1,20 @@
 """A prior over code maps: a decoder-only transformer over the indices in raster order.
 
-It is learned after the VQ-VAE is frozen (van den Oord et al. 2017, section 3.3), there a PixelCNN.
-Letters at line ends: B maps, h×w codes of one map, T = h·w of them in raster order, K codes,
-E size of the transformer's hidden vectors.
+It is trained after the VQ-VAE, which stays frozen (van den Oord et al. 2017, section 3.3; a PixelCNN there).
+Letters: B maps, h×w codes of one map, T = h·w of them in raster order, K codes, E the transformer's width.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import processes
-
-TAIL_FROM = 6           # codes of a probability below exp(−TAIL_FROM) are the tail
-TAIL_BINS = 12          # of a width of 1 in their logarithms; the last one has no end
+TAIL_FROM = 6           # codes with a probability below exp(−TAIL_FROM) are the tail
+TAIL_BINS = 12          # of width 1 in the log-probability; the last one is open
 
 
 class Block(nn.Module):
-    """Causal self-attention and a perceptron, each with a normalised input and a skip: (B, T, E) → (B, T, E)."""
+    """Causal self-attention and an MLP, each on normalised inputs and with a skip: (B, T, E) → (B, T, E)."""
 
     def __init__(self, embedding, heads, dropout):
         super().__init__()
@@ -29,17 +27,17 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cache=None):
-        """cache, a list of the earlier positions' keys and values, is made longer by x's own."""
+        """cache: a list of the earlier positions' keys and values, to which those of x are appended."""
         B, T, E = x.shape
         heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            heads = heads.float()       # torch's attention in bfloat16 is eight times slower there, backward
+            heads = heads.float()       # the backward pass of attention in bfloat16 is eight times slower there
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)          # each (B, heads, T, E/heads)
         if cache is not None:
             if cache:
                 keys, values = torch.cat([cache[0], keys], dim=2), torch.cat([cache[1], values], dim=2)
             cache[:] = keys, values
-        # With a cache there is one new position, which may look at all that came before.
+        # With a cache there is one new position, which attends to all earlier ones.
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
         x = x + self.drop(self.project(attended.transpose(1, 2).reshape(B, T, E)))
@@ -49,13 +47,12 @@ class Block(nn.Module):
 class CodePrior(nn.Module):
     """p(code map | class) and p(code map) in one model, as a product over codes in raster order.
 
-    height and width are h and w of a map, embedding is E, the --width of train_prior.py.
-    Every position sees the class, or that there is none, and position t the codes before t. In
-    training a class is dropped with probability drop_label, so that one model learns both
-    distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted images may be
-    learned as well: every position also sees which of num_shifts it is, 0 for the image as it is,
-    so that they teach what codes go together and are not drawn (distribution augmentation, Jun
-    et al. 2020). Raises ValueError if a size is below 1, or heads do not divide the width.
+    height and width are h and w of a map, embedding is E, the --width of train_prior.py. Position t sees the class, or
+    that there is none, and the codes before t. In training a class is dropped with probability drop_label, so that one
+    model learns both distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted images may be
+    trained on as well: every position also sees which of num_shifts it is, 0 for the image as it is, so that the shifts
+    teach which codes go together and are never sampled (distribution augmentation, Jun et al. 2020). Raises ValueError
+    if a size is below 1, or heads do not divide the width.
     """
 
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
@@ -63,11 +60,11 @@ class CodePrior(nn.Module):
         super().__init__()
         if min(num_codes, height, width, num_classes, num_shifts, layers, embedding, heads) < 1 or embedding % heads:
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
-                             f"{layers} layers, width {embedding} and {heads} heads: sizes are whole numbers "
+                             f"{layers} layers, width {embedding} and {heads} heads: sizes are integers "
                              "from 1 on, and the heads divide the width")
         self.num_codes, self.height, self.width = num_codes, height, width
         self.num_classes, self.drop_label = num_classes, drop_label
-        self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one: no class
+        self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one means no class
         self.shift_embedding = nn.Embedding(num_shifts, embedding)
         self.code_embedding = nn.Embedding(num_codes, embedding)
         self.positions = nn.Parameter(torch.zeros(height * width, embedding))
@@ -75,7 +72,7 @@ class CodePrior(nn.Module):
         self.blocks = nn.ModuleList(Block(embedding, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(embedding)
         self.head = nn.Linear(embedding, num_codes)
-        # Added to the logits in each bin of the tail, the first number to all the others.
+        # Added to the logits of the codes in each bin of the tail; the first number to those outside it.
         self.register_buffer("tail", torch.zeros(1 + TAIL_BINS))
         self.apply(self._init)
         nn.init.normal_(self.positions, std=0.02)
@@ -88,19 +85,16 @@ class CodePrior(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, indices, labels=None, shifts=None):
-        """Logits (B, T, K) of each code of the maps (B, h, w), given the codes before it, and labels and shifts
-        (B,), or None for no class and no shift.
+        """Logits (B, T, K) of each code of the maps (B, h, w) given the codes before it, its class and its shift (B,).
 
-        Raises ValueError if maps or labels do not fit.
+        labels None means no class, shifts None no shift. Raises ValueError if maps or labels do not fit.
         """
         labels = self._labels(labels, len(indices))
         if self.training:
-            # Of several processes each draws for the whole batch, so that all generators stay alike.
-            drawn = torch.rand(len(labels) * processes.count(), device=labels.device)[processes.rows()]
-            labels = labels.masked_fill(drawn < self.drop_label, self.num_classes)
+            labels = labels.masked_fill(_uniform_like(labels) < self.drop_label, self.num_classes)
         flat = self._flat(indices)                                    # (B, T)
-        before = F.pad(self.code_embedding(flat[:, :-1]), (0, 0, 1, 0))                 # (B, T, E), 0 at the start
-        x = self.drop(before + self._condition(labels, shifts).unsqueeze(1) + self.positions)
+        previous = F.pad(self.code_embedding(flat[:, :-1]), (0, 0, 1, 0))               # (B, T, E), 0 at the start
+        x = self.drop(previous + self._condition(labels, shifts).unsqueeze(1) + self.positions)
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x)).float()
@@ -114,21 +108,21 @@ class CodePrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
-        """Code maps (B, h, w) drawn one code after the other for labels (B,); class num_classes means none.
+        """Code maps (B, h, w) sampled one code after the other for labels (B,); class num_classes means none.
 
-        temperature divides the logits; top_k keeps only the most probable codes; guidance 1 samples
-        p(map | label), a larger one moves away from p(map). In evaluation mode whatever the mode is.
-        Raises ValueError for a label out of range, temperature ≤ 0 or top_k < 1.
+        temperature divides the logits; top_k keeps only the most probable codes; guidance 1 samples p(map | label), a
+        larger one moves away from p(map). Runs in evaluation mode, and restores the mode. Raises ValueError for a label
+        out of range, temperature ≤ 0 or top_k < 1.
         """
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} is not above 0")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k {top_k} is not a whole number from 1 on")
+            raise ValueError(f"top_k {top_k} is not an integer from 1 on")
         labels = self._labels(labels, len(labels))
         was_training = self.training
         self.eval()
         B, guided = len(labels), guidance != 1
-        if guided:      # the same maps once more, without their class
+        if guided:      # the same maps a second time, without their class
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self._condition(labels)                           # (B or 2B, E)
         x = torch.zeros_like(condition)
@@ -138,7 +132,7 @@ class CodePrior(nn.Module):
             logits = self._next_logits(x + condition + position, caches)          # (B or 2B, K)
             if guided:
                 logits = torch.lerp(logits[B:], logits[:B], guidance)
-            codes.append(draw(logits / temperature, top_k, generator))                # (B,)
+            codes.append(sample_codes(logits / temperature, top_k, generator))        # (B,)
             x = self.code_embedding(codes[-1]).repeat(2 if guided else 1, 1)
         self.train(was_training)
         return torch.stack(codes, dim=1).view(B, self.height, self.width)
@@ -150,31 +144,31 @@ class CodePrior(nn.Module):
         return self._calibrated(self.head(self.norm(x)).squeeze(1).float())
 
     @torch.no_grad()
-    def calibrate(self, maps, labels, at_once=100):
-        """Learn from maps (N, h, w) and labels (N,) how probable the codes are that the softmax calls improbable.
+    def calibrate(self, maps, labels, batch_size=100):
+        """Fit the probabilities of improbable codes to maps (N, h, w) and labels (N,), batch_size of them at a time.
 
-        A softmax gives its hundreds of improbable codes too much in all: its loss hardly feels it, but
-        one such code spoils a map. Hence the mean probability in each bin of the tail is brought to
-        the share of codes that really lie there (histogram binning, Zadrozny and Elkan 2001). In
-        training mode the logits stay as they are.
+        A softmax over hundreds of codes gives the improbable ones too much probability in total. The loss hardly
+        changes, but a single such code spoils a sample. So the mean probability in each bin of the tail is scaled to
+        the frequency of the codes that fall into it (histogram binning, Zadrozny and Elkan 2001). In training mode the
+        logits are left as they are.
         """
         was_training = self.training
         self.eval()
         self.tail.zero_()
         expected, observed = torch.zeros(2, len(self.tail), dtype=torch.float64)
-        for some, their in zip(maps.split(at_once), labels.split(at_once)):
-            some = some.to(self.tail.device)
-            logits = self(some, their.to(self.tail.device)).flatten(0, 1)             # (N·T, K)
+        for map_batch, label_batch in zip(maps.split(batch_size), labels.split(batch_size)):
+            map_batch = map_batch.to(self.tail.device)
+            logits = self(map_batch, label_batch.to(self.tail.device)).flatten(0, 1)      # (B·T, K)
             bins, probabilities = self._bins(logits), logits.softmax(dim=1)
             sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
-            found = bins.gather(1, some.flatten().unsqueeze(1)).flatten()
+            found = bins.gather(1, map_batch.flatten().unsqueeze(1)).flatten()
             expected += sums.cpu()
             observed += torch.bincount(found, minlength=len(self.tail)).cpu()
         self.tail[1:] = ((observed + 0.5) / (expected + 0.5)).log()[1:].to(self.tail)
         self.train(was_training)
 
     def _bins(self, logits):
-        """The bin of each code of logits (..., K): 0, or from 1 on in the tail."""
+        """The bin of each code of logits (..., K): 0, or in the tail 1 to TAIL_BINS."""
         depth = -logits.log_softmax(dim=-1) - TAIL_FROM
         return (depth.floor().long() + 1).clamp(0, TAIL_BINS)
 
@@ -188,10 +182,10 @@ class CodePrior(nn.Module):
     def _labels(self, labels, count):
         if labels is None:
             return torch.full((count,), self.num_classes, device=self.positions.device)
-        # To look at the values would break a compiled graph; its look-up refuses them by itself.
+        # Reading the values would break a compiled graph, whose embedding look-up raises for them anyway.
         fit = torch.compiler.is_compiling() or not count or 0 <= labels.min() <= labels.max() <= self.num_classes
         if labels.shape != (count,) or not fit:
-            raise ValueError(f"labels are ({count},) whole numbers from 0 to {self.num_classes}, the last for none")
+            raise ValueError(f"labels are ({count},) integers from 0 to {self.num_classes}, the last for none")
         return labels
 
     def _flat(self, indices):
@@ -200,8 +194,8 @@ class CodePrior(nn.Module):
         return indices.flatten(1)
 
 
-def draw(logits, top_k=None, generator=None):
-    """One code for each row of logits (B, K), from the top_k most probable where given: (B,).
+def sample_codes(logits, top_k=None, generator=None):
+    """One code for each row of logits (B, K), from the top_k most probable ones if given: (B,).
 
     Raises ValueError if the logits give no probabilities.
     """
@@ -209,8 +203,19 @@ def draw(logits, top_k=None, generator=None):
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities = logits.softmax(dim=1)
-    if generator is not None:           # where the generator is: the same draws on every device
+    if generator is not None:           # on the generator's device: the same samples whatever the model's is
         probabilities = probabilities.to(generator.device)
     if not probabilities.isfinite().all():
-        raise ValueError("the prior's probabilities are no finite numbers: it is damaged")
+        raise ValueError("the prior's probabilities are not finite: it is damaged")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
+def _uniform_like(labels):
+    """A random number in [0, 1) for each of labels (B,).
+
+    Of several processes each draws for the whole batch and takes its shard, so that all generators stay in step.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.rand(len(labels), device=labels.device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return torch.rand(len(labels) * world_size, device=labels.device)[rank::world_size]

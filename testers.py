@@ -1,14 +1,13 @@
-"""Checks of the modules against independent arithmetic: python3 testers.py [--device cuda]
+"""Checks of the modules against independent implementations: python3 testers.py [--device cuda]
 
-Each check is a function that takes the device. pytest collects them too, on the CPU.
+Each check is a function of the device. pytest also collects them, and runs them on the CPU.
 """
 
 if __name__ == "__main__":
     from utils import interrupt
     interrupt.exit_at_once_from_here()
 
-import arguments
-import cli
+from utils import arguments, cli
 
 
 def get_parser():
@@ -19,7 +18,7 @@ def get_parser():
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
+    get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
 import sys
 import traceback
@@ -28,45 +27,45 @@ from unittest import mock
 
 import torch
 
-import inputs
 from modules import ResidualBlock, VectorQuantizedVAE, vqvae_losses
+from utils import inputs
 from vector_quantizer import VectorQuantizer, vq, vq_st
 
 
 def float64_distances(inputs, codebook):
-    """Squared distances (N, K), element by element in float64, on the CPU: some GPUs know no such numbers."""
+    """Squared distances (N, K) in float64 without expanding the square, on the CPU: some GPUs lack float64."""
     flat = inputs.reshape(-1, inputs.shape[-1]).cpu().double()
     return (flat[:, None, :] - codebook.cpu().double()[None, :, :]).square().sum(dim=-1)
 
 
-def images(count, channels=1, height=28, width=28, device="cpu"):
+def random_images(count, channels=1, height=28, width=28, device="cpu"):
     return torch.rand(count, channels, height, width, device=device) * 2 - 1
 
 
 def trained_model(device, steps=5, **kwargs):
-    """A small model after some steps on noise, so that no weight, buffer or code is as it started."""
+    """A small model after a few steps on noise: no weight, buffer or code has its initial value."""
     torch.manual_seed(1)
     model = VectorQuantizedVAE(hidden_size=8, num_codes=16, **kwargs).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(steps):
-        x = images(8, model.channels, device=device)
+        x = random_images(8, model.channels, device=device)
         optimizer.zero_grad()
         vqvae_losses(x, model(x), beta=0.25).total.backward()
         optimizer.step()
     return model
 
 
-def state_of(model):
+def clone_state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def assert_raises(call, *words):
-    """call() raises a ValueError whose message holds every word."""
+def assert_raises(call, *parts):
+    """call() must raise a ValueError whose message contains all parts."""
     try:
         call()
     except ValueError as error:
-        for word in words:
-            assert str(word) in str(error), f"{word!r} is not in {error}"
+        for part in parts:
+            assert str(part) in str(error), f"{part!r} is not in {error}"
     else:
         raise AssertionError("no ValueError")
 
@@ -85,33 +84,33 @@ def test_vq_agrees_with_float64_brute_force(device="cpu"):
             chosen = distances.gather(1, indices.reshape(-1, 1)).squeeze(1)
             excess = chosen.sqrt() - distances.min(dim=1).values.sqrt()
             assert excess.max() <= 1e-5 * scale
-            clear = second_gap(distances) > 1e-4 * scale
-            assert (clear.float().mean() > 0.9) or K == 1
-            assert torch.equal(indices.flatten()[clear], distances.argmin(dim=1)[clear])
+            unambiguous = nearest_margin(distances) > 1e-4 * scale
+            assert (unambiguous.float().mean() > 0.9) or K == 1
+            assert torch.equal(indices.flatten()[unambiguous], distances.argmin(dim=1)[unambiguous])
 
 
-def second_gap(distances):
-    """How much farther the second nearest code is than the nearest, (N,)."""
+def nearest_margin(distances):
+    """Distance to the second nearest code minus distance to the nearest, (N,)."""
     if distances.shape[1] == 1:
         return torch.full((len(distances),), torch.inf, device=distances.device)
     nearest = distances.sqrt().topk(2, dim=1, largest=False).values
     return nearest[:, 1] - nearest[:, 0]
 
 
-def test_vq_is_right_under_a_large_shared_offset(device="cpu"):
+def test_vq_is_exact_under_a_large_shared_offset(device="cpu"):
     torch.manual_seed(0)
     offset = 1000 * torch.randn(40, device=device)
     inputs = torch.randn(2000, 40, device=device) + offset
-    for far in (0, 1, 256):                         # codes that the latents have left behind
+    for num_outliers in (0, 1, 256):                         # codes far from all latents
         codebook = torch.randn(512, 40, device=device) + offset
-        codebook[:far] = torch.rand(far, 40, device=device) / 512
+        codebook[:num_outliers] = torch.rand(num_outliers, 40, device=device) / 512
         distances = float64_distances(inputs, codebook)
-        clear = second_gap(distances) > 1e-4
-        assert clear.float().mean() > 0.9
-        assert torch.equal(vq(inputs, codebook).cpu()[clear], distances.argmin(dim=1)[clear])
+        unambiguous = nearest_margin(distances) > 1e-4
+        assert unambiguous.float().mean() > 0.9
+        assert torch.equal(vq(inputs, codebook).cpu()[unambiguous], distances.argmin(dim=1)[unambiguous])
 
 
-def test_vq_gives_ties_to_the_lowest_index(device="cpu"):
+def test_vq_breaks_ties_by_lowest_index(device="cpu"):
     corners = torch.tensor([[1., 0.], [-1., 0.], [0., 1.], [0., -1.], [5., 5.]], device=device)
     assert vq(torch.zeros(3, 2, device=device), corners).tolist() == [0, 0, 0]
     assert vq(torch.tensor([[3., 3.]], device=device), corners.flip(0)[[1, 3, 0, 0]]).tolist() == [2]
@@ -119,7 +118,7 @@ def test_vq_gives_ties_to_the_lowest_index(device="cpu"):
     for K in (5, 64, 511, 512):
         inputs, codebook = torch.randn(300, 40, device=device), torch.randn(K, 40, device=device)
         assert (vq(inputs, torch.cat([codebook, codebook])) < K).all()
-        # Whole numbers leave nothing to rounding: many true ties, found by the reference as well.
+        # Integer arithmetic is exact, so there are many exact ties, also in the reference.
         inputs, codebook = inputs[:, :3].round(), codebook[:, :3].round()
         assert torch.equal(vq(inputs, codebook).cpu(), float64_distances(inputs, codebook).argmin(dim=1))
 
@@ -132,18 +131,18 @@ def test_vq_computes_in_float32_under_autocast(device="cpu"):
     assert torch.equal(under_autocast, vq(inputs, codebook))
 
 
-def test_vq_does_not_depend_on_its_blocks(device="cpu"):
+def test_vq_is_independent_of_block_size(device="cpu"):
     torch.manual_seed(0)
     inputs, codebook = torch.randn(9000, 8, device=device), torch.randn(1024, 8, device=device)
-    one_by_one = torch.cat([vq(rows, codebook) for rows in inputs.split(1000)])
-    with mock.patch("torch.mm", wraps=torch.mm) as products:
-        together = vq(inputs, codebook)
-    assert (together == one_by_one).float().mean() > 0.9999                  # rounding may break a tie
-    scores = [len(call.args[0]) * call.args[1].shape[1] for call in products.call_args_list]
-    assert len(scores) > 1 and max(scores) <= 2**20
+    separate = torch.cat([vq(rows, codebook) for rows in inputs.split(1000)])
+    with mock.patch("torch.mm", wraps=torch.mm) as matmul:
+        batched = vq(inputs, codebook)
+    assert (batched == separate).float().mean() > 0.9999                  # rounding may break ties
+    block_sizes = [len(call.args[0]) * call.args[1].shape[1] for call in matmul.call_args_list]
+    assert len(block_sizes) > 1 and max(block_sizes) <= 2**20
 
 
-def test_vq_stays_inside_the_codebook_whatever_it_is_given(device="cpu"):
+def test_vq_indices_are_valid_for_nonfinite_input(device="cpu"):
     for value in (torch.inf, -torch.inf, torch.nan):
         inputs = torch.tensor([[value, 1.0], [3.0, 4.0]], device=device)
         codebook = torch.tensor([[9.0, 9.0], [3.0, 4.5], [1.0, 1.0], [0.0, 0.0], [5.0, 5.0]], device=device)
@@ -151,14 +150,14 @@ def test_vq_stays_inside_the_codebook_whatever_it_is_given(device="cpu"):
         assert 0 <= indices[0] < 5 and indices[1] == 1
 
 
-def test_vq_refuses_sizes_that_do_not_fit(device="cpu"):
+def test_vq_rejects_wrong_shapes(device="cpu"):
     inputs = torch.zeros(3, 4, device=device)
     assert_raises(lambda: vq(inputs, torch.zeros(7, 5, device=device)), "(3, 4)", "(7, 5)")
     assert_raises(lambda: vq(inputs, torch.zeros(0, 4, device=device)), "K > 0")
     assert_raises(lambda: vq(inputs, torch.zeros(4, device=device)), "(K, D)")
 
 
-def test_vq_st_returns_rows_of_the_codebook_and_copies_the_gradient(device="cpu"):
+def test_vq_st_returns_codebook_rows_and_copies_the_gradient(device="cpu"):
     inputs = torch.tensor([[[0.1, 0.], [2.2, 0.]], [[0.9, 0.2], [2.1, 0.1]]], device=device, requires_grad=True)
     codebook = torch.tensor([[0., 0.], [1., 0.], [2., 0.], [9., 9.]], device=device, requires_grad=True)
     codes, indices = vq_st(inputs, codebook)
@@ -167,13 +166,13 @@ def test_vq_st_returns_rows_of_the_codebook_and_copies_the_gradient(device="cpu"
     gradient = torch.tensor([[[1., 2.], [3., 4.]], [[5., 6.], [7., 8.]]], device=device)
     codes.backward(gradient)
     assert torch.equal(inputs.grad, gradient)
-    by_hand = torch.tensor([[1., 2.], [5., 6.], [10., 12.], [0., 0.]], device=device)
-    assert torch.equal(codebook.grad, by_hand)
+    expected = torch.tensor([[1., 2.], [5., 6.], [10., 12.], [0., 0.]], device=device)
+    assert torch.equal(codebook.grad, expected)
 
 
 # ---------------------------------------------------------------- VectorQuantizer
 
-def test_quantizer_replaces_each_latent_by_its_nearest_code(device="cpu"):
+def test_quantizer_maps_each_latent_to_its_nearest_code(device="cpu"):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(32, 5, codebook_init="uniform").to(device)
     z_e = torch.randn(2, 5, 3, 4, device=device) / 32
@@ -191,38 +190,38 @@ def test_quantizer_replaces_each_latent_by_its_nearest_code(device="cpu"):
     assert torch.equal(quantizer.lookup(out.indices), out.z_q)
 
 
-def test_each_loss_moves_its_own_side(device="cpu"):
-    """Gradients by hand: 2(e − z)/n added up in the rows of the codebook, 2β(z − e)/n at the latents."""
+def test_each_loss_has_gradients_on_one_side_only(device="cpu"):
+    """Expected: 2(e − z)/n summed over the latents of each code, and 2β(z − e)/n at the latents."""
     torch.manual_seed(0)
     quantizer = VectorQuantizer(4, 3, codebook_init="uniform").to(device)
     z_e = torch.randn(2, 3, 2, 2, device=device, requires_grad=True)
     for beta in (0.25, 2.0):
         out = quantizer(z_e)
-        by_hand = torch.zeros(4, 3, device=device)
+        expected = torch.zeros(4, 3, device=device)
         for latent, index in zip(z_e.detach().permute(0, 2, 3, 1).reshape(-1, 3), out.indices.flatten()):
-            by_hand[index] += 2 * (quantizer.codebook[index].detach() - latent) / z_e.numel()
-        on_z, on_codebook = torch.autograd.grad(out.codebook_loss, (z_e, quantizer.codebook),
-                                                retain_graph=True, allow_unused=True)
-        assert on_z is None
-        assert torch.allclose(on_codebook, by_hand, atol=1e-7)
+            expected[index] += 2 * (quantizer.codebook[index].detach() - latent) / z_e.numel()
+        grad_z, grad_codebook = torch.autograd.grad(out.codebook_loss, (z_e, quantizer.codebook),
+                                                    retain_graph=True, allow_unused=True)
+        assert grad_z is None
+        assert torch.allclose(grad_codebook, expected, atol=1e-7)
         unused = torch.ones(4, dtype=torch.bool, device=device)
         unused[out.indices.flatten()] = False
-        assert (on_codebook[unused] == 0).all()
+        assert (grad_codebook[unused] == 0).all()
 
-        on_z, on_codebook = torch.autograd.grad(beta * out.commitment_loss, (z_e, quantizer.codebook),
-                                                retain_graph=True, allow_unused=True)
-        assert on_codebook is None
-        assert torch.allclose(on_z, 2 * beta * (z_e - out.z_q).detach() / z_e.numel(), atol=1e-7)
+        grad_z, grad_codebook = torch.autograd.grad(beta * out.commitment_loss, (z_e, quantizer.codebook),
+                                                    retain_graph=True, allow_unused=True)
+        assert grad_codebook is None
+        assert torch.allclose(grad_z, 2 * beta * (z_e - out.z_q).detach() / z_e.numel(), atol=1e-7)
 
         weights = torch.randn_like(z_e)
-        on_z, on_codebook = torch.autograd.grad((out.z_q * weights).sum(), (z_e, quantizer.codebook),
-                                                allow_unused=True)
-        assert on_codebook is None and torch.equal(on_z, weights)
+        grad_z, grad_codebook = torch.autograd.grad((out.z_q * weights).sum(), (z_e, quantizer.codebook),
+                                                    allow_unused=True)
+        assert grad_codebook is None and torch.equal(grad_z, weights)
 
 
-def test_beta_weighs_the_commitment_loss_alone(device="cpu"):
-    """The two terms are equal in value, so that only gradients show which one β weighs."""
-    model, x = trained_model(device), images(4, device=device)
+def test_beta_weights_only_the_commitment_loss(device="cpu"):
+    """The two terms have equal values: only the gradients show which one β weights."""
+    model, x = trained_model(device), random_images(4, device=device)
     model.eval()
     gradients = {}
     for beta in (0.5, 2.0):
@@ -240,12 +239,12 @@ def test_beta_weighs_the_commitment_loss_alone(device="cpu"):
     assert torch.allclose(difference, model.encoder[0].weight.grad, atol=1e-5)
 
 
-def test_quantizer_refuses_what_does_not_fit(device="cpu"):
+def test_quantizer_rejects_wrong_shapes_and_indices(device="cpu"):
     quantizer = VectorQuantizer(8, 3).to(device)
     assert_raises(lambda: quantizer(torch.zeros(2, 4, 5, 5, device=device)), "(2, 4, 5, 5)", "(B, 3, h, w)")
-    for bad in (-1, 8):
-        indices = torch.full((1, 2, 2), bad, device=device)
-        assert_raises(partial(quantizer.lookup, indices), bad, "[0, 8)")
+    for invalid in (-1, 8):
+        indices = torch.full((1, 2, 2), invalid, device=device)
+        assert_raises(partial(quantizer.lookup, indices), invalid, "[0, 8)")
     assert_raises(lambda: quantizer.lookup(torch.zeros(1, 2, 2, device=device)), "int64")
     assert_raises(lambda: VectorQuantizer(8, 3, codebook_init="magic"), "magic")
     assert_raises(lambda: VectorQuantizer(8, 3, codebook_update="magic"), "magic")
@@ -253,14 +252,14 @@ def test_quantizer_refuses_what_does_not_fit(device="cpu"):
 
 # ---------------------------------------------------------------- modules
 
-def test_shapes_and_a_training_step_at_every_size(device="cpu"):
+def test_training_step_at_every_image_size(device="cpu"):
     for channels in (1, 3):
         for H, W in ((28, 28), (32, 32), (64, 64), (28, 36)):
             torch.manual_seed(0)
             model = VectorQuantizedVAE(channels, hidden_size=8, num_codes=16).to(device)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-            x = images(4, channels, H, W, device)
-            before = state_of(model)
+            x = random_images(4, channels, H, W, device)
+            before = clone_state(model)
             out = model(x)
             assert out.reconstruction.shape == x.shape
             assert out.z_e.shape == out.z_q.shape == (4, 8, H // 4, W // 4)
@@ -271,26 +270,26 @@ def test_shapes_and_a_training_step_at_every_size(device="cpu"):
                 assert torch.isfinite(value).all() and not torch.equal(value, before[name]), name
 
 
-def test_sizes_that_do_not_fit_are_refused_with_the_numbers(device="cpu"):
+def test_unsupported_image_sizes_are_rejected(device="cpu"):
     model = VectorQuantizedVAE(1, 8, 16).to(device)
     for call in (model, model.encode):
-        assert_raises(partial(call, images(2, 1, 30, 28, device)), "30×28", "multiples of 4")
-        assert_raises(partial(call, images(2, 1, 28, 27, device)), "28×27")
-        assert_raises(partial(call, images(2, 3, 28, 28, device)), "(2, 3, 28, 28)", "(B, 1, H, W)")
+        assert_raises(partial(call, random_images(2, 1, 30, 28, device)), "30×28", "multiples of 4")
+        assert_raises(partial(call, random_images(2, 1, 28, 27, device)), "28×27")
+        assert_raises(partial(call, random_images(2, 3, 28, 28, device)), "(2, 3, 28, 28)", "(B, 1, H, W)")
     assert_raises(lambda: VectorQuantizedVAE(2, 8, 16), "not 2")
 
 
 def test_residual_skip_carries_the_rectified_input(device="cpu"):
     block = ResidualBlock(3).to(device).eval()
     for parameter in block.parameters():
-        torch.nn.init.zeros_(parameter)             # the block itself adds nothing then
+        torch.nn.init.zeros_(parameter)             # the residual branch adds zero
     x = torch.randn(2, 3, 4, 4, device=device)
     before = x.clone()
     assert torch.equal(block(x), x.clamp(min=0))
     assert torch.equal(x, before)
 
 
-def test_convolutions_start_xavier_uniform_with_zero_bias(device="cpu"):
+def test_convolutions_have_xavier_uniform_init_and_zero_bias(device="cpu"):
     torch.manual_seed(0)
     model = VectorQuantizedVAE(1, 40, 512).to(device)
     weight = model.encoder[3].weight                                  # fan in = fan out = 40 · 16
@@ -301,23 +300,23 @@ def test_convolutions_start_xavier_uniform_with_zero_bias(device="cpu"):
 
 # ---------------------------------------------------------------- evaluation
 
-def test_decoded_codes_equal_the_reconstruction(device="cpu"):
+def test_decoded_indices_equal_the_reconstruction(device="cpu"):
     for channels in (1, 3):
-        model, x = trained_model(device, channels=channels).eval(), images(6, channels, 28, 36, device)
+        model, x = trained_model(device, channels=channels).eval(), random_images(6, channels, 28, 36, device)
         with torch.no_grad():
             out = model(x)
             assert torch.equal(model.encode(x), out.indices)
             assert torch.equal(model.decode(model.encode(x)), out.reconstruction)
 
 
-def test_reconstruction_does_not_depend_on_the_batch(device="cpu"):
-    model, x = trained_model(device).eval(), images(9, device=device)
+def test_reconstruction_is_independent_of_the_batch(device="cpu"):
+    model, x = trained_model(device).eval(), random_images(9, device=device)
     with torch.no_grad():
-        together = model(x)
+        batched = model(x)
         for i in range(9):
-            alone = model(x[i:i + 1])
-            assert torch.equal(alone.indices[0], together.indices[i])
-            assert (alone.reconstruction[0] - together.reconstruction[i]).abs().max() < 1e-5
+            single = model(x[i:i + 1])
+            assert torch.equal(single.indices[0], batched.indices[i])
+            assert (single.reconstruction[0] - batched.reconstruction[i]).abs().max() < 1e-5
 
 
 def main(argv=None):

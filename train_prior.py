@@ -1,7 +1,7 @@
-"""Learn which codes go together: python3 train_prior.py [--model models/NAME/best.pt] ...
+"""Train a prior on the codes of a VQ-VAE: python3 train_prior.py [--model models/NAME/best.pt] ...
 
-The second stage of the paper (section 3.3): the VQ-VAE is frozen, its code maps of the training set are learned by a
-transformer. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped one,
+The second stage of the paper (section 3.3): the VQ-VAE is frozen, and a transformer is trained on its code maps of the
+training set. Writes prior.pt beside the model, and prior/* into logs/NAME. Without --model it takes the shipped model,
 whose prior it replaces only with --overwrite.
 """
 
@@ -9,8 +9,7 @@ if __name__ == "__main__":
     from utils import interrupt
     interrupt.exit_at_once_from_here()
 
-import arguments
-import cli
+from utils import arguments, cli
 
 
 def get_parser():
@@ -19,252 +18,205 @@ def get_parser():
     cli.add_model_arguments(parser)
 
     group = parser.add_argument_group("prior")
-    group.add_argument("--layers", type=arguments.whole_number(1), default=4, metavar="N",
+    group.add_argument("--layers", type=arguments.integer(1), default=4, metavar="N",
                        help=f"blocks of the transformer {shown}")
-    group.add_argument("--width", type=arguments.whole_number(1), default=192, metavar="E",
+    group.add_argument("--width", type=arguments.integer(1), default=192, metavar="E",
                        help=f"size of its hidden vectors {shown}")
-    group.add_argument("--heads", type=arguments.whole_number(1), default=6, metavar="N",
+    group.add_argument("--heads", type=arguments.integer(1), default=6, metavar="N",
                        help=f"attention heads, a divisor of the width {shown}")
     group.add_argument("--dropout", type=arguments.number(minimum=0, below=1), default=0.0, metavar="P",
                        help=f"share of activations dropped in training, against overfitting {shown}")
     group.add_argument("--drop-label", type=arguments.number(minimum=0, below=1), default=0.1, metavar="P",
-                       help=f"share of maps learned without their class {shown}")
+                       help=f"share of maps trained on without their class {shown}")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=arguments.whole_number(1), default=32, metavar="N",
+    group.add_argument("--batch-size", type=arguments.integer(1), default=32, metavar="N",
                        help=f"code maps per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", type=arguments.whole_number(1), default=40, metavar="N",
+    group.add_argument("--num-epochs", type=arguments.integer(1), default=40, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=arguments.number(above=0), default=2e-3, metavar="RATE",
                        help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
-    group.add_argument("--shift", type=arguments.whole_number(0, 4), default=1, metavar="PIXELS",
-                       help=f"learn from images shifted by up to so many pixels as well, and know them apart {shown}")
-    group.add_argument("--seed", type=arguments.whole_number(0), default=0, metavar="N",
+    group.add_argument("--shift", type=arguments.integer(0, 4), default=1, metavar="PIXELS",
+                       help=f"also train on images shifted by up to so many pixels, each marked as such {shown}")
+    group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
     cli.add_speed_arguments(group)
-    cli.add_run_arguments(group, "a prior that stands beside the model")
+    cli.add_run_arguments(group, "a prior that exists beside the model")
     return parser
 
 
-def parse_arguments(argv=None):
-    """The parser and its arguments."""
-    parser = get_parser()
-    return parser, parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    parse_arguments()       # --help and mistakes are answered before torch is imported, which takes seconds
+    get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.utils.data import Dataset
 
 import checkpoint
 import data
-import files
-import inputs
-import processes
-import quality
-import resume
-import tracking
-from metrics import at_once, code_maps, nats_per_code
+from data.code_maps import encode_sets, offsets_up_to
+from metrics import nats_per_code, samples
 from prior import CodePrior
+from utils import distributed, files, inputs, tensorboard_logs
+from utils.memory import items_that_fit
+from utils.train_state import check_metadata, seed_everything
+from utils.trainer import RunFiles, Trainer
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
-CALIBRATION = 3000              # training maps that calibrate the prior after each epoch
-PATIENCE = 3                    # epochs without a lower test loss, then the training stops
+CALIBRATION_MAPS = 3000         # training maps that the prior is calibrated on after each epoch
+CALIBRATION_COPIES = 5          # of a map's logits, in memory at once while it is calibrated
+PATIENCE = 3                    # epochs without a lower test loss, after which the training stops
 COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
+# Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
 
 
-# ---------------------------------------------------------------- code maps
+# ---------------------------------------------------------------- the training
 
-def shifted(images, dy, dx):
-    """Images moved down by dy and right by dx pixels, black where nothing comes in."""
-    H, W = images.shape[-2:]
-    moved = torch.zeros_like(images)
-    moved[..., max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
-        images[..., max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)]
-    return moved
+def train(trainer, maps, vqvae, bits_per_nat):
+    """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per pixel of one nat per code."""
+    args, prior, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
 
+    def forward(indices, labels, shifts):
+        """Nats per code of maps (B, h, w), given the classes and shifts (B,)."""
+        with trainer.autocast():
+            return nats(prior, indices, labels, shifts)
 
-def offsets_up_to(shift):
-    """All (dy, dx) of at most so many pixels each, (0, 0) first."""
-    steps = range(-shift, shift + 1)
-    return sorted(((dy, dx) for dy in steps for dx in steps), key=lambda offset: offset != (0, 0))
-
-
-def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
-    """→ training maps (S, N, h, w), one set for each of S offsets, and test maps (N, h, w).
-
-    Of several processes each encodes its part, and all get the whole.
-    """
-    size, own_train, own_test = at_once(*train_set.shape[1:]), processes.part(train_set), processes.part(test_set)
-    with tqdm(total=len(offsets) * len(own_train) + len(own_test), desc="encoding", unit="img", unit_scale=True,
-              leave=False, disable=processes.no_bar()) as bar:
-        train = [[] for _ in offsets]
-        for images, labels in data.batches(own_train, size, None, num_workers):       # each image is read once
-            for maps, (dy, dx) in zip(train, offsets):
-                maps.append(code_maps(model, [(shifted(images, dy, dx), labels)], device, bar))
-        test = code_maps(model, data.batches(own_test, size, None, num_workers), device, bar)
-        train = torch.stack([processes.whole(torch.cat(maps), len(train_set)) for maps in train])
-        return train, processes.whole(test, len(test_set))
-
-
-# ---------------------------------------------------------------- training
-
-def warm_up_then_cosine(optimizer, steps):
-    """The rate rises from 0 to --lr over the first WARM_UP of the steps, then falls to 0 on a cosine."""
-    rise = max(1, round(WARM_UP * steps))
-
-    def factor(step):
-        if step < rise:
-            return (step + 1) / rise
-        return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
-    return LambdaLR(optimizer, factor)
-
-
-class Run(resume.Run):
-    """The training of a prior, from the arguments and the frozen VQ-VAE.
-
-    saved: the contents of the checkpoint that it is to go on from, if there is one.
-    """
-
-    losses = ("prior",)         # nats per code
-
-    def __init__(self, args, vqvae, contents, path, saved=None):
-        processes.use_device(args.device)
-        with cli.named("--batch-size", args.batch_size):
-            processes.split(args.batch_size, fixed=args.resume)
-        dataset, self.train_set, self.test_set = inputs.open_data(args, contents)
-        C, H, W = contents["dataset"]["shape"]
-        if self.train_set.shape != [C, H, W]:
-            raise ValueError(f"--model {path}: its images are {[C, H, W]}, "
-                             f"those of --dataset {dataset} {self.train_set.shape}")
-        resume.seed_everything(args.seed)
-        generator = torch.Generator().manual_seed(args.seed)
-        self.vqvae, self.offsets = vqvae.to(args.device), offsets_up_to(args.shift)
-        self.bits_per_pixel = (H // 4) * (W // 4) / (C * H * W * math.log(2))         # of one nat per code
-        config = {"num_codes": vqvae.quantizer.num_codes, "height": H // 4, "width": W // 4,
-                  "num_classes": len(self.train_set.classes), "layers": args.layers, "embedding": args.width,
-                  "heads": args.heads, "dropout": args.dropout, "drop_label": args.drop_label,
-                  "num_shifts": len(self.offsets)}
-        about = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
-                 "vqvae": checkpoint.sha256(path), "dataset": dataset}
-        if self.train_set.classes != list(data.DIGITS):
-            about["classes"] = self.train_set.classes
-        if saved:
-            resume.check_about(about, saved)
-        try:
-            with cli.named(f"--heads {args.heads} --width", args.width):
-                prior = CodePrior(**config).to(args.device)
-        except RuntimeError as error:
-            raise ValueError(f"--layers {args.layers} --width {args.width}: there is no memory for a prior of this size"
-                             ) from error
-        optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
-                                      fused=args.device != "mps")
-        steps = math.ceil(len(self.train_set) / args.batch_size)
-        super().__init__(args, about, prior, optimizer, warm_up_then_cosine(optimizer, args.num_epochs * steps),
-                         generator, steps, len(self.train_set), track=["  ".join(COLUMNS)])
-        self.eager, self.compiled = self.loss_of, self.compiled_if_asked(self.loss_of)
-
-    def encode(self):
-        self.train_maps, self.test_maps = encode_sets(self.vqvae, self.train_set, self.test_set, self.offsets,
-                                                      self.args.device, self.args.num_workers)
-
-    def finished(self):
-        return super().finished() or self.risen()
-
-    def risen(self):
-        """Whether the test loss has not fallen for PATIENCE epochs."""
-        return self.progress.epoch - 1 - self.progress.best_epoch >= PATIENCE
-
-    def loss_of(self, maps, labels, shifts):
-        """Nats per code of maps (B, h, w)."""
-        with self.autocast():
-            return -self.model.log_prob(maps, labels, shifts).mean() / maps[0].numel()
-
-    def probe_batch(self, count):
-        labels = self.train_set.labels[:count].to(self.args.device)
-        return self.train_maps[0, :count].to(self.args.device), labels, torch.zeros_like(labels)
-
-    def probe_loss(self, prior, maps, labels, shifts):
-        return -prior.log_prob(maps, labels, shifts).mean()
-
-    def take_steps(self, writer, bar):
-        """The steps of the epoch that are not done yet, each image in one of its shifts. Yields after each of them."""
-        prior, args, progress, labels = self.model.train(), self.args, self.progress, self.train_set.labels
-        N, share = len(labels), processes.split(args.batch_size)
-        shift_of = torch.randint(len(self.train_maps), (N,), generator=self.generator)
-        order = torch.randperm(N, generator=self.generator)
-        if processes.count() > 1:
-            order = order[list(processes.places(N))]
-        for rows in order.split(share)[progress.batches:]:
-            batch = self.train_maps[shift_of[rows], rows].to(args.device)             # (B, h, w)
-            loss_of = self.compiled if len(rows) == share else self.eager
-            # Without dropout the withheld digits are all that is drawn, and those of one process with the whole batch.
-            own = processes.count() > 1 and args.dropout
-            with processes.own_draws(args.seed + progress.step * processes.count()) if own else nullcontext():
-                loss = loss_of(batch, labels[rows].to(args.device), shift_of[rows].to(args.device))
-            self.optimizer.zero_grad()
+    forward = trainer.accelerate(forward)
+    for epoch in trainer.epochs():                            # where it left off, if resumed
+        prior.train()
+        for batch in trainer.batches(epoch_batches(maps, trainer.generator, args.batch_size)):
+            indices, labels, shifts = (tensor.to(args.device) for tensor in batch)    # (B, h, w), (B,), (B,)
+            with own_dropout(args, trainer.state.step):
+                loss = forward(indices, labels, shifts)
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-            self.optimizer.step()
-            self.schedule.step()
+            optimizer.step()
+            schedule.step()
+            trainer.after_step([loss])                                # save, notice signals
 
-            images = self.images_of_all(len(rows))
-            progress.add(processes.all_mean(loss.detach().view(1)), images)
-            bar.update(images)
-            if progress.batches % resume.LOG_EVERY == 0 or progress.batches == self.steps:
-                if processes.leads():
-                    tracking.check_there(writer)
-                bar.set_postfix({"nats": f"{self.finite_losses().mean().item():.4f}"}, refresh=False)
-            yield
+        test_nats = calibrate_and_evaluate(prior, maps, args.device)
+        bits = test_nats * bits_per_nat
+        trainer.save_epoch(test_nats, {"nats_per_code": test_nats, "bits_per_pixel": bits})
+        if distributed.is_main_process():
+            [train_nats] = trainer.state.mean_losses()
+            tensorboard_logs.log_prior(trainer.writer, epoch, train_nats, test_nats, bits)
+            with trainer.optional("samples"):
+                images = draw_samples(prior, vqvae, args.seed, args.device)
+                tensorboard_logs.log_samples(trainer.writer, epoch, images)
+            trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:14.4f}"
+                                   f"  {trainer.seconds():7.1f}")
 
-    def tested(self):
-        """Nats per code on the test set, of the prior calibrated with some of the training maps where that helps.
 
-        It does not where the training maps are known too well.
-        """
-        def nats():
-            return nats_per_code(prior, self.test_maps, self.test_set.labels, self.args.device)
+def nats(prior, indices, labels, shifts):
+    """−log p(map | class) of maps (B, h, w), the mean over all codes."""
+    return -prior.log_prob(indices, labels, shifts).mean() / indices[0].numel()
 
-        prior, labels = self.model, self.train_set.labels
+
+def epoch_batches(maps, generator, batch_size):
+    """This process's shard of an epoch's batches: maps (B, h, w), classes and shifts (B,). Each image has one shift."""
+    S, N = maps.train.shape[:2]
+    shifts = torch.randint(S, (N,), generator=generator)
+    order = torch.randperm(N, generator=generator)
+    if distributed.world_size() > 1:
+        order = order[list(distributed.shard_indices(N))]
+    for rows in order.split(distributed.per_process_batch_size(batch_size)):
+        yield maps.train[shifts[rows], rows], maps.train_labels[rows], shifts[rows]
+
+
+def own_dropout(args, step):
+    """Of several processes each draws its own dropout. Without dropout all draw the same: the dropped classes."""
+    if distributed.world_size() == 1 or not args.dropout:
+        return nullcontext()
+    return distributed.per_process_rng(args.seed + step * distributed.world_size())
+
+
+def calibrate_and_evaluate(prior, maps, device):
+    """Nats per code on the test set, of the prior calibrated on some training maps if that lowers them.
+
+    It does not if the training maps are overfitted.
+    """
+    prior.tail.zero_()
+    plain = nats_per_code(prior, maps.test, maps.test_labels, device)
+    N = len(maps.train_labels)
+    rows = torch.linspace(0, N - 1, min(CALIBRATION_MAPS, N)).long()
+    scores = CALIBRATION_COPIES * maps.test[0].numel() * prior.num_codes
+    prior.calibrate(maps.train[0, rows], maps.train_labels[rows], items_that_fit(scores=scores))
+    calibrated = nats_per_code(prior, maps.test, maps.test_labels, device)
+    if calibrated >= plain:
         prior.tail.zero_()
-        plain = nats()
-        some = torch.linspace(0, len(labels) - 1, min(CALIBRATION, len(labels))).long()
-        prior.calibrate(self.train_maps[0, some], labels[some], max(1, at_once(4 * prior.height, 4 * prior.width) // 5))
-        calibrated = nats()
-        if calibrated >= plain:
-            prior.tail.zero_()
-        return min(plain, calibrated)
+    return min(plain, calibrated)
 
-    def finish_epoch(self, writer, folder, start):
-        """Test the prior, log the epoch, and write prior.pt, if it is the best so far, and the track."""
-        args, prior, progress, epoch = self.args, self.model, self.progress, self.progress.epoch
-        trained = progress.sums.item() / progress.images
-        tested = self.tested()
-        better = tested < progress.best
-        if better:
-            progress.best, progress.best_epoch = tested, epoch
-        if not processes.leads():
-            return
-        bits = tested * self.bits_per_pixel
-        tracking.log_prior(writer, epoch, trained, tested, bits, samples(prior, self.vqvae, args.seed, args.device))
-        if better:
-            checkpoint.save(folder / "prior.pt", {**self.about, "model": prior.state_dict(), "epoch": epoch,
-                                                  "test": {"nats_per_code": tested, "bits_per_pixel": bits}})
-        progress.track.append(f"{epoch:5}  {trained:10.4f}  {tested:9.4f}  {bits:14.4f}"
-                              f"  {time.perf_counter() - start:7.1f}")
-        tracking.write_track(folder / tracking.PRIOR_TRACK, progress.track)
-        print(progress.track[-1], flush=True)
 
+def draw_samples(prior, vqvae, seed, device):
+    """A hundred new images (100, C, H, W) in [-1, 1], equally many of each class."""
+    maps = samples.sample_maps(prior, samples.balanced_labels(prior.num_classes, 100), {},
+                               torch.Generator().manual_seed(seed), device)
+    return torch.cat([*samples.decode_batches(vqvae, maps, device)])
+
+
+# ---------------------------------------------------------------- data, model, optimizer
+
+class Source(NamedTuple):
+    """The frozen VQ-VAE, and the images that it encodes."""
+
+    vqvae: torch.nn.Module
+    path: str
+    shape: list                     # [C, H, W]
+    dataset: str                    # its name
+    train_set: Dataset
+    test_set: Dataset
+
+
+def load_source(args, vqvae, contents, path):
+    with cli.errors_name_flag("--batch-size", args.batch_size):
+        distributed.per_process_batch_size(args.batch_size, fixed=args.resume)
+    dataset, train_set, test_set = inputs.open_data(args, contents)
+    shape = contents["dataset"]["shape"]
+    if train_set.shape != shape:
+        raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
+    return Source(vqvae.to(args.device), path, shape, dataset, train_set, test_set)
+
+
+def build_trainer(args, files, source, saved=None):
+    """The Trainer of a new prior. saved: the contents of the checkpoint to resume from, if there is one."""
+    seed_everything(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    (h, w), classes = source.vqvae.map_size(*source.shape[1:]), source.train_set.classes
+    config = {"num_codes": source.vqvae.quantizer.num_codes, "height": h, "width": w, "num_classes": len(classes),
+              "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
+              "drop_label": args.drop_label, "num_shifts": len(offsets_up_to(args.shift))}
+    metadata = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
+                "vqvae": checkpoint.sha256(source.path), "dataset": source.dataset}
+    if classes != list(data.DIGITS):
+        metadata["classes"] = classes
+    if saved:
+        check_metadata(metadata, saved)
+    with inputs.memory_for(f"--layers {args.layers} --width {args.width}"), cli.errors_name_flag(
+            f"--heads {args.heads} --width", args.width):
+        prior = CodePrior(**config).to(args.device)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
+                                  fused=args.device != "mps")
+    steps = args.num_epochs * math.ceil(len(source.train_set) / args.batch_size)
+    return Trainer(args, files, metadata, prior, optimizer, warm_up_then_cosine(optimizer, steps), generator,
+                   len(source.train_set), ("prior",), patience=PATIENCE, track=["  ".join(COLUMNS)])
+
+
+def warm_up_then_cosine(optimizer, steps):
+    """The rate rises from almost 0 to --lr over the first WARM_UP of the steps, then falls to 0 on a cosine."""
+    rise = max(1, round(WARM_UP * steps))
+    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / rise, total_iters=rise - 1),
+                                    CosineAnnealingLR(optimizer, max(1, steps - rise))], milestones=[rise])
+
+
+# ---------------------------------------------------------------- the prior's files
 
 def logs_of(path):
     """logs/NAME for models/NAME/FILE, and logs/FOLDER for a model in another folder."""
@@ -273,94 +225,85 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
-def check_folders(args, path, target, last, logs):
-    """Raise ValueError if the prior could not be written, or not go on from the file `last`."""
-    with cli.named("--model", path):
-        if args.resume and not last.is_file():
-            raise ValueError(f"there is no {last} to --resume: start anew, with --overwrite if there is a prior")
-        for file in () if args.resume else (target, last):
-            inputs.check_target(file, "prior", args.overwrite, ", or go on with one that was broken off with --resume")
-        files.check_writable(target)
-        files.check_writable(logs / "events")
+def check_folders(args, path, run_files):
+    """Raise ValueError if the prior could not be written, or not be resumed. Touches nothing."""
+    with cli.errors_name_flag("--model", path):
+        if args.resume and not run_files.last.is_file():
+            raise ValueError(f"there is no {run_files.last} to --resume: start anew, with --overwrite if there is a "
+                             "prior")
+        for file in () if args.resume else (run_files.best, run_files.last):
+            inputs.check_target(file, "prior", args.overwrite, ", or continue one that was interrupted with --resume")
+        files.check_writable(run_files.best)
+        files.check_writable(run_files.logs / "events")
 
 
-def write_beginning(args, run, folder, logs):
-    """Prepare the folders for the steps to come."""
-    files.remove_temporary(folder)
+def prepare_folders(args, state, run_files):
+    """Clear the folders of a former prior, or when resuming of what is about to be done again. Other files stay."""
+    files.remove_temporary_files(run_files.best.parent)
     if args.resume:
-        tracking.keep_until(logs, run.progress.step, run.progress.epoch - 1, tracking.PRIOR_SUFFIX)
+        tensorboard_logs.truncate_logs(run_files.logs, state.step, state.epoch - 1, run_files.log_suffix)
     else:
-        clear(folder, logs)
-    tracking.write_track(folder / tracking.PRIOR_TRACK, run.progress.track)
+        for path in (run_files.last, run_files.best, run_files.track):
+            path.unlink(missing_ok=True)
+        tensorboard_logs.remove_logs(run_files.logs, run_files.log_suffix)
+    tensorboard_logs.write_track(run_files.track, state.track)
 
 
-def clear(folder, logs):
-    """Remove what a former training of a prior left."""
-    for name in ("prior-last.pt", "prior.pt", tracking.PRIOR_TRACK):
-        (folder / name).unlink(missing_ok=True)
-    tracking.remove_logs(logs, tracking.PRIOR_SUFFIX)
-
-
-def train(args, parser, argv):
-    """Train from the start, or with --resume from where prior-last.pt stands."""
+def run(args, parser, argv):
+    """Train from the start, or with --resume from the state in prior-last.pt."""
     args.device = inputs.find_device(args.device)
-    processes.use_device(args.device)
+    distributed.use_own_gpu(args.device)
     vqvae, contents, path = inputs.open_model(args)
-    folder, logs = Path(path).parent, logs_of(Path(path))
-    target, last, flag = folder / "prior.pt", folder / "prior-last.pt", f"--model {path}"
-    command = processes.command("train_prior.py", "--resume", "--model", path)
-    one = processes.by_the_first
-    if processes.leads():
-        check_folders(args, path, target, last, logs)
-    # Everything that can be wrong is found, by all processes, before a file is written.
-    with one(files.locked(folder, flag)), one(files.locked(logs, flag)):
+    folder, logs, flag = Path(path).parent, logs_of(Path(path)), f"--model {path}"
+    run_files = RunFiles(folder / "prior-last.pt", folder / "prior.pt", folder / tensorboard_logs.PRIOR_TRACK, logs,
+                         tensorboard_logs.PRIOR_SUFFIX,
+                         distributed.launch_command("train_prior.py", "--resume", "--model", path))
+    if distributed.is_main_process():
+        check_folders(args, path, run_files)
+    # Whatever can be wrong is found, by all processes, before a file is written.
+    only = distributed.main_process_only
+    with only(files.locked_folder(folder, flag)), only(files.locked_folder(logs, flag)):
         if args.resume:
-            with cli.named("--resume", last):
-                _, saved = checkpoint.load_prior(last, path)
-                args = parser.continued(args, argv, saved)
+            with cli.errors_name_flag("--resume", run_files.last):
+                _, saved = checkpoint.load_prior(run_files.last, path)
+                args = parser.resumed_arguments(args, argv, saved)
                 args.device = inputs.find_device(args.device)
-                run = Run(args, vqvae, contents, path, saved)
-                run.go_on(saved)
-                if run.risen():
-                    raise ValueError(f"the training has ended, its test loss had not fallen for {PATIENCE} epochs")
+                distributed.use_own_gpu(args.device)
+                source = load_source(args, vqvae, contents, path)
+                trainer = build_trainer(args, run_files, source, saved)
+                trainer.load_state(saved)
         else:
-            run = Run(args, vqvae, contents, path)
-        run.check_alike()
-        print(f"Learning the code maps of {path} on {run.about['dataset']}: {run.images:,} images, "
-              f"{len(run.test_set):,} to test" + processes.told()
-              + (f", from step {run.progress.step:,} on." if args.resume else "."))
-        run.encode()
+            source = load_source(args, vqvae, contents, path)
+            trainer = build_trainer(args, run_files, source)
+        trainer.check_same_everywhere(source.test_set.labels.tolist())
+        print(f"Training a prior on the codes of {path} for {source.dataset}: {len(source.train_set):,} images, "
+              f"{len(source.test_set):,} to test" + distributed.describe_processes()
+              + (f", from step {trainer.state.step:,} on." if args.resume else "."))
+        maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
+                           args.num_workers)
         if args.resume:
-            run.note_environment()
+            trainer.note_environment()
         else:
-            run.choose_precision()
-        if processes.leads():
-            with cli.named("--model", path):
-                write_beginning(args, run, folder, logs)
-        print(*run.progress.track, sep="\n", flush=True)
-        with resume.Signals() as signals, resume.kept(last, command, args.batch_size), one(
-                tracking.opened(logs, tracking.PRIOR_SUFFIX)) as writer:
-            run.learn(writer, last, signals)
-    if not run.finished():
-        resume.stop(signals.received, run.progress, last, command)
-    if run.risen():
+            batch = maps.train[0], maps.train_labels, torch.zeros_like(maps.train_labels)
+            trainer.choose_precision(nats, [tensor[:args.batch_size].to(args.device) for tensor in batch])
+        if distributed.is_main_process():
+            with cli.errors_name_flag("--model", path):
+                prepare_folders(args, trainer.state, run_files)
+        print(*trainer.state.track, sep="\n", flush=True)
+        h, w = maps.test.shape[1:]
+        with trainer.running():
+            train(trainer, maps, source.vqvae, bits_per_nat=h * w / (math.prod(source.shape) * math.log(2)))
+    if trainer.should_stop_early():
         print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
-    print(f"Lowest test loss: {run.progress.best:.4f} nats per code, in epoch {run.progress.best_epoch}.\n"
-          f"  prior  {target}\n  logs   {logs}\nNext: python3 generate.py --model {path} --input prior")
-
-
-@torch.no_grad()
-def samples(prior, vqvae, seed, device):
-    """A hundred new images (100, C, H, W) in [-1, 1], as many of each class."""
-    maps = quality.sampled_maps(prior, quality.spread_labels(prior.num_classes, 100), {},
-                                torch.Generator().manual_seed(seed), device)
-    return torch.cat([*quality.decoded(vqvae, maps, device)])
+    print(f"Lowest test loss: {trainer.state.best:.4f} nats per code, in epoch {trainer.state.best_epoch}.\n"
+          f"  prior  {run_files.best}\n  logs   {logs}\nNext: python3 generate.py --model {path} --input prior")
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
-    with parser.bad_input_in_one_line(), processes.joined():
-        train(args, parser, argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line(), distributed.process_group():
+        run(args, parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,65 @@
+import os
+from pathlib import Path
+
 import pytest
 from helpers import run_script, write_mnist
 
-# Large batches and a narrow network: few and fast steps, since the tests want a finished run rather than a good one.
-TRAINING = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "256", "--lr", "4e-3", "--hidden-size", "16",
-            "--output-folder", "run")
+try:
+    import fcntl
+except ImportError:         # Windows: each worker creates its own folder
+    fcntl = None
 
+# Large batches and a narrow network for few, fast steps: the tests need a finished run, not a good one.
+TRAIN_ARGS = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "256", "--lr", "4e-3",
+              "--hidden-size", "16", "--output-folder", "run")
 
-# Begun first, so that no core is left waiting for them at the end.
-LONGEST = ["test_resume.py", "test_damaged.py", "test_processes.py", "test_train_prior.py", "test_trouble.py",
-           "test_image_folder.py", "test_notebook.py", "test_fast.py"]
+# Run first, so that no worker is left with a long file at the end.
+LONGEST = ["test_resume.py", "test_distributed.py", "test_distributed_errors.py", "test_train_prior.py",
+           "test_damaged_checkpoints.py", "test_errors_while_training.py", "test_image_folder.py", "test_notebook.py",
+           "test_speed_options.py"]
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
-        if item.path.name == "testers.py":          # which does without pytest
+        if item.path.name == "testers.py":          # it does not import pytest and cannot mark itself
             item.add_marker(pytest.mark.rounding)
+
+
+def shared_folder(tmp_path_factory, name, fill):
+    """A folder filled by fill(folder), once for all workers of pytest-xdist. Read-only."""
+    if not fcntl or "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tmp_path_factory.mktemp(name)
+        fill(folder)
+        return folder
+    folder = Path(tmp_path_factory.getbasetemp().parent, name)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)            # the first worker fills it, the others wait
+        if not folder.is_dir():
+            temporary = tmp_path_factory.mktemp(name)
+            fill(temporary)
+            temporary.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder in which VQ-VAE.py has trained on the bundled digits as models/run. Not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_script("VQ-VAE.py", *TRAINING, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
-    return folder
+    """A folder in which VQ-VAE.py has trained models/run on the bundled digits. Read-only."""
+    def train(folder):
+        result = run_script("VQ-VAE.py", *TRAIN_ARGS, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        (folder / "stdout.txt").write_text(result.stdout)
+
+    return shared_folder(tmp_path_factory, "trained", train)
 
 
 @pytest.fixture(scope="session")
 def mnist_folder(tmp_path_factory):
-    """A --data-folder with 600 + 200 digits in MNIST's own files. Not to be changed."""
-    folder = tmp_path_factory.mktemp("mnist")
-    write_mnist(folder / "MNIST" / "raw")
-    return folder
+    """A --data-folder with 600 + 200 digits in the file format of MNIST. Read-only."""
+    return shared_folder(tmp_path_factory, "mnist", lambda folder: write_mnist(folder / "MNIST" / "raw"))
+
+
+@pytest.fixture(scope="session")
+def uneven_folder(tmp_path_factory):
+    """The same with 599 + 199 digits, which neither two nor three processes can divide evenly. Read-only."""
+    return shared_folder(tmp_path_factory, "uneven", lambda folder: write_mnist(folder / "MNIST" / "raw", 599, 199))

@@ -1,4 +1,4 @@
-"""The data sets: the bundled digits, MNIST's own files, and the download."""
+"""Data sets: the bundled digits, the files of MNIST, and its download."""
 
 import hashlib
 import http.server
@@ -17,7 +17,7 @@ import data
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
-def test_bundled_digits_are_those_that_their_page_describes():
+def test_bundled_digits_match_their_readme():
     page = (ROOT / "MNIST" / "README.md").read_text()
     images, labels = bundled_digits()
     assert images.shape == (10000, 28, 28) and images.dtype == labels.dtype == np.uint8
@@ -27,7 +27,7 @@ def test_bundled_digits_are_those_that_their_page_describes():
     assert [int(count.replace(",", "")) for _, count in counts] == np.bincount(labels).tolist()
 
 
-def test_bundled_digits_split_in_order():
+def test_bundled_digits_are_split_in_order():
     images, labels = bundled_digits()
     train, test = data.load("MNIST-10k", "no such folder")
     assert len(train) == 9000 and len(test) == 1000
@@ -35,34 +35,34 @@ def test_bundled_digits_split_in_order():
     assert np.array_equal(torch.cat([train.labels, test.labels]).numpy(), labels)
 
 
-def test_mnist_files_read_as_torchvision_reads_them(mnist_folder):
+def test_mnist_matches_torchvision(mnist_folder):
     for split, is_train in zip(data.load("MNIST", mnist_folder), (True, False)):
         reference = torchvision.datasets.MNIST(mnist_folder, train=is_train)
         assert torch.equal(split.images.squeeze(1), reference.data)
         assert torch.equal(split.labels, reference.targets)
 
 
-def test_ranges_agree_with_torchvision_transforms_and_invert():
+def test_scaling_matches_torchvision_and_inverts():
     images, _ = bundled_digits()
-    usual = torchvision.transforms.Compose([torchvision.transforms.ToTensor(),
-                                            torchvision.transforms.Normalize((0.5,), (0.5,))])
+    reference = torchvision.transforms.Compose([torchvision.transforms.ToTensor(),
+                                                torchvision.transforms.Normalize((0.5,), (0.5,))])
     every_byte = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for image in (images[0], every_byte):
         scaled = data.to_model_range(torch.from_numpy(image))
-        assert torch.allclose(scaled, usual(image)[0], atol=1e-6)
+        assert torch.allclose(scaled, reference(image)[0], atol=1e-6)
         assert torch.equal((data.to_unit_range(scaled) * 255).round().byte(), torch.from_numpy(image))
     assert data.to_unit_range(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("count", "channels", "columns"), [(1, 1, 8), (1, 3, 8), (5, 1, 8), (64, 1, 8), (23, 3, 10)])
-def test_a_grid_is_laid_out_as_torchvision_does_it(count, channels, columns):
+def test_grid_matches_torchvision_make_grid(count, channels, columns):
     images = torch.rand(count, channels, 6, 9) * 2.2 - 1.1
     expected = torchvision.utils.make_grid(images, nrow=columns, normalize=True, value_range=(-1, 1))
     torch.testing.assert_close(data.grid(images, columns), expected.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_hold_every_image_once_with_its_label(num_workers):
+def test_batches_contain_every_image_once_with_its_label(num_workers):
     images = torch.arange(250, dtype=torch.uint8).view(250, 1, 1, 1).expand(250, 1, 4, 4)
     dataset = data.Images(images, torch.arange(250))
     orders = []
@@ -79,7 +79,7 @@ def test_batches_hold_every_image_once_with_its_label(num_workers):
     assert torch.equal(unshuffled, torch.arange(250))
 
 
-def test_order_does_not_depend_on_the_number_of_workers():
+def test_order_is_independent_of_num_workers():
     dataset = data.Images(torch.zeros(100, 1, 4, 4, dtype=torch.uint8), torch.arange(100))
     orders = [torch.cat([y for _, y in data.batches(dataset, 8, torch.Generator().manual_seed(3), workers)])
               for workers in (0, 1)]
@@ -90,7 +90,7 @@ def test_order_does_not_depend_on_the_number_of_workers():
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["empty", "header", "truncated", "longer", "text", "other"])
-def test_damaged_mnist_files_are_named(tmp_path, name, damage):
+def test_damaged_mnist_file_error_names_the_file(tmp_path, name, damage):
     raw = tmp_path / "MNIST" / "raw"
     write_mnist(raw, train=20, test=10)
     path = raw / name
@@ -100,24 +100,24 @@ def test_damaged_mnist_files_are_named(tmp_path, name, damage):
                       "other": (raw / name.replace("train", "*").replace("t10k", "train").replace("*", "t10k"))
                       .read_bytes()}[damage])
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match=name.split("-")[0] + "-") as raised:
+    with pytest.raises(ValueError, match=name.split("-")[0] + "-") as excinfo:
         data.load("MNIST", tmp_path)
-    assert name in str(raised.value) or damage == "other"
-    assert "delete" in str(raised.value)
+    assert name in str(excinfo.value) or damage == "other"
+    assert "delete" in str(excinfo.value)
     assert snapshot(tmp_path) == before
 
 
-def test_damaged_bundle_is_named(tmp_path, monkeypatch):
+def test_damaged_bundle_error_names_the_file(tmp_path, monkeypatch):
     contents = data.BUNDLED.read_bytes()
-    foreign, (images, labels) = [], bundled_digits()
-    for write in (lambda file: np.save(file, labels),
-                  lambda file: np.savez(file, images=images[:50], labels=labels[:50]),
-                  lambda file: np.savez(file, images=images.astype(np.float32), labels=labels),
-                  lambda file: np.savez(file, pictures=images, labels=labels)):
-        write(file := io.BytesIO())
-        foreign.append(file.getvalue())
+    invalid_files, (images, labels) = [], bundled_digits()
+    for save in (lambda file: np.save(file, labels),
+                 lambda file: np.savez(file, images=images[:50], labels=labels[:50]),
+                 lambda file: np.savez(file, images=images.astype(np.float32), labels=labels),
+                 lambda file: np.savez(file, pictures=images, labels=labels)):
+        save(file := io.BytesIO())
+        invalid_files.append(file.getvalue())
     for damaged in (b"", contents[:1000], contents[:-1000], b"text" * 100, contents[:5000] + b"x" + contents[5001:],
-                    *foreign):
+                    *invalid_files):
         path = tmp_path / "MNIST-10k.npz"
         path.write_bytes(damaged)
         monkeypatch.setattr(data, "BUNDLED", path)
@@ -128,17 +128,17 @@ def test_damaged_bundle_is_named(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the download
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder over HTTP on this machine and remembers what was asked for."""
+    """Serves a folder over local HTTP and records the requested paths."""
 
     def __init__(self, folder):
-        self.asked = asked = []
+        self.requests = requests = []
 
         class Handler(http.server.SimpleHTTPRequestHandler):
             def __init__(self, *args):
                 super().__init__(*args, directory=folder)
 
             def log_message(self, *args):
-                asked.append(self.path)
+                requests.append(self.path)
 
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -146,7 +146,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """torchvision's MNIST pointed at a server on this machine, with small files in the real format."""
+    """torchvision's MNIST redirected to a local server with small files in the real format."""
     write_mnist(tmp_path / "mirror", train=60, test=20, compress=True)
     server = Server(tmp_path / "mirror")
     files = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in (tmp_path / "mirror").iterdir()]
@@ -158,31 +158,31 @@ def mirror(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_mnist_is_downloaded_once_into_a_folder_that_is_made(tmp_path, mirror):
+def test_mnist_is_downloaded_once_into_a_new_folder(tmp_path, mirror):
     train, test = data.load("MNIST", tmp_path / "new" / "folder")
-    assert len(train) == 60 and len(test) == 20 and len(mirror.asked) >= 4
-    mirror.asked.clear()
-    again, _ = data.load("MNIST", tmp_path / "new" / "folder")
-    assert torch.equal(again.images, train.images) and not mirror.asked
+    assert len(train) == 60 and len(test) == 20 and len(mirror.requests) >= 4
+    mirror.requests.clear()
+    reloaded, _ = data.load("MNIST", tmp_path / "new" / "folder")
+    assert torch.equal(reloaded.images, train.images) and not mirror.requests
 
 
-def test_files_put_there_by_hand_as_gz_need_no_network(tmp_path, mirror):
+def test_local_gz_files_need_no_network(tmp_path, mirror):
     mirror.shutdown()
-    write_mnist(tmp_path / "by hand" / "MNIST" / "raw", train=60, test=20, compress=True)
-    # The same bytes as the mirror's, since gzip writes a time into them.
+    write_mnist(tmp_path / "local" / "MNIST" / "raw", train=60, test=20, compress=True)
+    # Byte for byte the files of the mirror: gzip stores a time stamp, and torchvision compares checksums.
     for path in (tmp_path / "mirror").iterdir():
-        (tmp_path / "by hand" / "MNIST" / "raw" / path.name).write_bytes(path.read_bytes())
-    train, _ = data.load("MNIST", tmp_path / "by hand")
-    assert len(train) == 60 and not mirror.asked
+        (tmp_path / "local" / "MNIST" / "raw" / path.name).write_bytes(path.read_bytes())
+    train, _ = data.load("MNIST", tmp_path / "local")
+    assert len(train) == 60 and not mirror.requests
 
 
-def test_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, mirror, capsys):
+def test_failed_download_explains_and_leaves_no_files(tmp_path, mirror, capsys):
     for path in (tmp_path / "mirror").iterdir():
         path.unlink()
     before = snapshot(tmp_path)
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError) as excinfo:
         data.load("MNIST", tmp_path / "new" / "folder")
-    message = str(raised.value)
+    message = str(excinfo.value)
     assert "404" in message + capsys.readouterr().out           # older versions of torchvision print it
     for part in (f"http://127.0.0.1:{mirror.server_port}/", *FILES,
                  str(tmp_path / "new" / "folder" / "MNIST" / "raw"), "--dataset MNIST-10k"):

@@ -1,6 +1,6 @@
-"""Files of every format that was ever written, with the outputs that they must give, whatever the code becomes.
+"""A golden file of every checkpoint format, with the outputs that it must reproduce in all later versions.
 
-python3 tests/test_golden.py writes those that are not there yet, which is for new formats alone.
+python3 tests/test_golden.py writes missing golden files. It is needed only for a new format.
 """
 
 from pathlib import Path
@@ -42,35 +42,35 @@ def prior_outputs(path, vqvae_path):
             "most_probable": prior.sample(torch.arange(10), top_k=1).numpy()}
 
 
-def expected(name):
+def load_expected(name):
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return dict(arrays)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_an_older_format_gives_what_it_gave(name):
-    found, known = model_outputs(GOLDEN / f"{name}.pt"), expected(name)
-    assert found.keys() == known.keys() and known["reconstruction"].std() > 0.1
-    for key, value in known.items():
-        assert np.allclose(found[key], value, atol=1e-5), key
+def test_golden_model_reproduces_its_outputs(name):
+    actual, expected = model_outputs(GOLDEN / f"{name}.pt"), load_expected(name)
+    assert actual.keys() == expected.keys() and expected["reconstruction"].std() > 0.1
+    for key, value in expected.items():
+        assert np.allclose(actual[key], value, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_a_prior_of_an_older_format_gives_what_it_gave(name):
-    found, known = prior_outputs(GOLDEN / f"{name}.pt", GOLDEN / f"{PRIORS[name]}.pt"), expected(name)
-    assert found.keys() == known.keys() and len(np.unique(known["log_prob"])) == 3
-    for key, value in known.items():
-        assert np.allclose(found[key], value, rtol=1e-5), key
+def test_golden_prior_reproduces_its_outputs(name):
+    actual, expected = prior_outputs(GOLDEN / f"{name}.pt", GOLDEN / f"{PRIORS[name]}.pt"), load_expected(name)
+    assert actual.keys() == expected.keys() and len(np.unique(expected["log_prob"])) == 3
+    for key, value in expected.items():
+        assert np.allclose(actual[key], value, rtol=1e-5), key
 
 
-def test_there_is_a_file_of_every_format_up_to_this_one():
+def test_every_format_has_a_golden_file():
     names = {path.stem for path in GOLDEN.glob("*.pt")}
     assert names == {*MODELS, *PRIORS}
     assert {f"{kind}-format-{n}" for kind in ("vqvae", "prior") for n in range(1, checkpoint.FORMAT + 1)} <= names
 
 
 def write_missing():
-    """Random weights, scaled so that outputs depend on all of them, and latents of the digits as codes."""
+    """Random weights, scaled so that the outputs depend on all of them, and latents of digits as codes."""
     from test_published_network import published_state
     published = published_state(hidden_size=4, num_codes=8)
     model = VectorQuantizedVAE(1, 4, 8).eval()

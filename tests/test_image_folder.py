@@ -1,41 +1,41 @@
-"""Folders of images as people have them: every mode of Pillow, turned by EXIF, broken, of any name and size."""
+"""Folders of user images: every mode of Pillow, EXIF orientations, broken files, any name and size."""
 
 import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from helpers import events, import_script, readme_commands, refuse, run_script
+from helpers import events, expect_usage_error, import_script, readme_commands, run_script
 from PIL import Image, ImageOps
 
 import checkpoint
 import data
-import image_folder
+from data import image_folder
 
 COLOURS = {"red ones": (220, 30, 30), "grüne": (30, 200, 40), "blau": (30, 60, 220)}
 MODES = {"L": "png", "LA": "png", "P": "gif", "RGBA": "png", "CMYK": "jpg", "RGB": "webp", "1": "png", "I;16": "png"}
 
 
-def write_images(root, each=4):
-    """A tree of `each` images of every mode in every colour, one broken, one no image, one hidden."""
-    random = np.random.default_rng(0)
+def write_images(root, per_mode=4):
+    """Write per_mode images of every mode and colour below root, and a broken, a text and a hidden file."""
+    rng = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (root / name / "more").mkdir(parents=True)
         for mode, suffix in MODES.items():
-            for i in range(each):
-                height, width = random.integers(9, 130, 2)
+            for i in range(per_mode):
+                height, width = rng.integers(9, 130, 2)
                 pixels = np.full((height, width, 3), colour, np.uint8)
-                pixels[height // 4:height // 2, width // 4:width // 2] = random.integers(0, 255, 3)
+                pixels[height // 4:height // 2, width // 4:width // 2] = rng.integers(0, 255, 3)
                 if mode == "I;16":
                     image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
                 else:
                     image = Image.fromarray(pixels).convert(mode)
-                inside, exif = root / name / ("more" if i == 1 else "."), Image.Exif()
-                exif[0x0112] = 1 + i                    # turned, mirrored
-                turned = {"exif": exif} if suffix in ("jpg", "webp") else {}
-                image.save(inside / f"Bild Nr. {i} ü {mode.replace(';', '')}.{suffix}", **turned)
-    whole = (root / "red ones" / "Bild Nr. 0 ü RGB.webp").read_bytes()
-    (root / "blau" / "broken.webp").write_bytes(whole[:len(whole) // 2])
+                subfolder, exif = root / name / ("more" if i == 1 else "."), Image.Exif()
+                exif[0x0112] = 1 + i                    # rotated, mirrored
+                save_options = {"exif": exif} if suffix in ("jpg", "webp") else {}
+                image.save(subfolder / f"Bild Nr. {i} ü {mode.replace(';', '')}.{suffix}", **save_options)
+    image_bytes = (root / "red ones" / "Bild Nr. 0 ü RGB.webp").read_bytes()
+    (root / "blau" / "broken.webp").write_bytes(image_bytes[:len(image_bytes) // 2])
     (root / "blau" / "notes.txt").write_text("no image")
     (root / "blau" / ".hidden.png").write_bytes(b"")
     return root
@@ -43,16 +43,16 @@ def write_images(root, each=4):
 
 @pytest.fixture(scope="session")
 def images_folder(tmp_path_factory):
-    """A folder with images in three sub-folders. Not to be changed."""
+    """A folder with images in three subfolders. Read-only."""
     return write_images(tmp_path_factory.mktemp("images") / "my images")
 
 
-def saved(image, path, **options):
+def save_image(image, path, **options):
     image.save(path, **options)
     return path
 
 
-def test_transparent_is_white_and_the_others_keep_their_colour(tmp_path):
+def test_transparent_pixels_become_white_and_others_keep_their_colour(tmp_path):
     half = np.zeros((8, 8, 4), np.uint8)
     half[:, :4] = (200, 100, 50, 255)
     half[:, 4:] = (1, 2, 3, 0)
@@ -60,50 +60,51 @@ def test_transparent_is_white_and_the_others_keep_their_colour(tmp_path):
     palette = rgba.convert("RGB").quantize(4)
     palette.info["transparency"] = palette.getpixel((7, 0))
     for image in (rgba, palette):
-        read = image_folder.read(saved(image, tmp_path / "image.png"), 8, 8, 3)
-        assert (read[:, :, :4].permute(1, 2, 0) == torch.tensor([200, 100, 50])).all()
-        assert (read[:, :, 4:] == 255).all()
-    grey = image_folder.read(saved(rgba.convert("LA"), tmp_path / "grey.png"), 8, 8, 1)
+        loaded = image_folder.read_image(save_image(image, tmp_path / "image.png"), 8, 8, 3)
+        assert (loaded[:, :, :4].permute(1, 2, 0) == torch.tensor([200, 100, 50])).all()
+        assert (loaded[:, :, 4:] == 255).all()
+    grey = image_folder.read_image(save_image(rgba.convert("LA"), tmp_path / "grey.png"), 8, 8, 1)
     assert (grey[0, :, :4] == rgba.convert("L").getpixel((0, 0))).all() and (grey[0, :, 4:] == 255).all()
 
 
-def test_sixteen_bits_keep_their_shades(tmp_path):
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
     shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
     for channels in (1, 3):
-        read = image_folder.read(saved(Image.fromarray(shades), tmp_path / "deep.png"), 8, 8, channels)
-        assert np.array_equal(read.numpy(), np.broadcast_to(np.round(shades / 257), (channels, 8, 8)))
+        loaded = image_folder.read_image(save_image(Image.fromarray(shades), tmp_path / "deep.png"), 8, 8, channels)
+        assert np.array_equal(loaded.numpy(), np.broadcast_to(np.round(shades / 257), (channels, 8, 8)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_exif_says(tmp_path, orientation):
+def test_exif_orientation_is_applied(tmp_path, orientation):
     pixels = np.random.default_rng(1).integers(0, 255, (16, 16), np.uint8)
     upright = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T,
                6: pixels.T[:, ::-1], 7: pixels[::-1, ::-1].T, 8: pixels.T[::-1]}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(Image.fromarray(pixels), tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(image_folder.read(path, 16, 16, 1)[0].numpy(), upright)
+    path = save_image(Image.fromarray(pixels), tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(image_folder.read_image(path, 16, 16, 1)[0].numpy(), upright)
 
 
-def test_the_middle_is_kept_and_not_stretched(tmp_path):
+def test_images_are_center_cropped_and_not_stretched(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 14:46] = 255                            # the middle square and what its filter sees; black on both sides
-    read = image_folder.read(saved(Image.fromarray(wide), tmp_path / "wide.png"), 20, 20, 3)
-    assert (read == 255).all()
-    tall = image_folder.read(saved(Image.fromarray(wide.transpose(1, 0, 2)), tmp_path / "tall.png"), 8, 8, 1)
+    wide[:, 14:46] = 255                            # the centre crop, with a margin for the resize filter
+    loaded = image_folder.read_image(save_image(Image.fromarray(wide), tmp_path / "wide.png"), 20, 20, 3)
+    assert (loaded == 255).all()
+    tall = image_folder.read_image(save_image(Image.fromarray(wide.transpose(1, 0, 2)), tmp_path / "tall.png"), 8, 8, 1)
     assert (tall == 255).all()
     pixels = np.random.default_rng(2).integers(0, 255, (8, 12), np.uint8)
-    assert np.array_equal(image_folder.read(saved(Image.fromarray(pixels), tmp_path / "flat.png"), 8, 12, 1)[0], pixels)
+    flat = image_folder.read_image(save_image(Image.fromarray(pixels), tmp_path / "flat.png"), 8, 12, 1)
+    assert np.array_equal(flat[0], pixels)
 
 
-def test_classes_are_the_sub_folders_and_what_is_no_image_is_left_out(images_folder):
+def test_subfolders_are_classes_and_other_files_are_skipped(images_folder):
     train, test = data.load("folder", images_folder, [3, 16, 16])
     assert train.classes == test.classes == sorted(COLOURS)
     assert [path.name for path in train.left_out] == ["broken.webp", "notes.txt"]
     assert len(test) == round(0.1 * 3 * 8 * 4) and len(train) + len(test) == 3 * 8 * 4
     assert (torch.cat([train.labels, test.labels]).bincount() == 8 * 4).all()
     for part in (train, test):
-        for name, colour in COLOURS.items():        # what surrounds the square in the middle says which class it is
+        for name, colour in COLOURS.items():        # the colour around the square in the middle is that of the class
             corners = part.images[part.labels == train.classes.index(name)][:, :, 0, 0]
             coloured = corners[corners.double().std(dim=1) > 9].double()
             assert len(coloured) > 9 or part is test
@@ -111,21 +112,21 @@ def test_classes_are_the_sub_folders_and_what_is_no_image_is_left_out(images_fol
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_streamed_images_are_those_held_in_memory(images_folder, monkeypatch, num_workers):
-    held = data.load("folder", images_folder, [3, 8, 12])
-    monkeypatch.setattr(image_folder, "IN_MEMORY", 10)
-    for one, other in zip(held, data.load("folder", images_folder, [3, 8, 12], num_workers)):
-        assert isinstance(one, data.Images) and isinstance(other, image_folder.ImageFiles)
-        assert other.shape == one.shape == [3, 8, 12] and torch.equal(other.labels, one.labels)
-        for (images, labels), (same, their) in zip(
-                data.batches(one, 50, torch.Generator().manual_seed(1)),
-                data.batches(other, 50, torch.Generator().manual_seed(1), num_workers), strict=True):
-            assert torch.equal(images, same) and torch.equal(labels, their)
+def test_streamed_images_equal_images_in_memory(images_folder, monkeypatch, num_workers):
+    in_memory = data.load("folder", images_folder, [3, 8, 12])
+    monkeypatch.setattr(image_folder, "MAX_IN_MEMORY", 10)
+    for images_set, files_set in zip(in_memory, data.load("folder", images_folder, [3, 8, 12], num_workers)):
+        assert isinstance(images_set, data.Images) and isinstance(files_set, image_folder.ImageFiles)
+        assert files_set.shape == images_set.shape == [3, 8, 12] and torch.equal(files_set.labels, images_set.labels)
+        for (images, labels), (streamed_images, streamed_labels) in zip(
+                data.batches(images_set, 50, torch.Generator().manual_seed(1)),
+                data.batches(files_set, 50, torch.Generator().manual_seed(1), num_workers), strict=True):
+            assert torch.equal(images, streamed_images) and torch.equal(labels, streamed_labels)
         rows = torch.tensor([3, 0, 3])
-        assert torch.equal(one[rows][0], other[rows][0]) and torch.equal(one[:4][1], other[:4][1])
+        assert torch.equal(images_set[rows][0], files_set[rows][0]) and torch.equal(images_set[:4][1], files_set[:4][1])
 
 
-def test_train_and_test_folders_are_the_sets(tmp_path):
+def test_train_and_test_folders_define_the_split(tmp_path):
     for part, names in (("train", "abc"), ("test", "cd"), ("other", "e")):
         for number, name in enumerate(names):
             (tmp_path / part / name).mkdir(parents=True)
@@ -137,21 +138,22 @@ def test_train_and_test_folders_are_the_sets(tmp_path):
     assert train.images[:, 0, 0, 0].tolist() == [0, 10, 20] and test.images[:, 0, 0, 0].tolist() == [1, 11]
 
 
-def test_images_beside_each_other_have_one_class_and_the_same_split_each_time(tmp_path):
+def test_flat_folder_has_one_class_and_a_stable_split(tmp_path):
     for shade in range(30):
         Image.new("L", (5, 5), shade).save(tmp_path / f"{shade}.png")
-    first, again = (data.load("folder", tmp_path, [1, 4, 4]) for _ in range(2))
+    first, reloaded = (data.load("folder", tmp_path, [1, 4, 4]) for _ in range(2))
     assert first[0].classes == ["."] and len(first[1]) == 3
     assert sorted(torch.cat([part.images[:, 0, 0, 0] for part in first]).tolist()) == list(range(30))
-    assert torch.equal(first[1].images, again[1].images)
-    assert first[1].images[:, 0, 0, 0].tolist() != [0, 1, 10]          # not the first ones by name
-    # One more image moves at most one of the others.
+    assert torch.equal(first[1].images, reloaded[1].images)
+    assert first[1].images[:, 0, 0, 0].tolist() != [0, 1, 10]          # not simply the first names
+    # Adding an image moves at most one other between the sets.
     Image.new("L", (5, 5), 200).save(tmp_path / "more.png")
-    tested = [set(part[1].images[:, 0, 0, 0].tolist()) for part in (first, data.load("folder", tmp_path, [1, 4, 4]))]
-    assert len(tested[0] - tested[1]) <= 1
+    extended = data.load("folder", tmp_path, [1, 4, 4])
+    test_shades = [set(sets[1].images[:, 0, 0, 0].tolist()) for sets in (first, extended)]
+    assert len(test_shades[0] - test_shades[1]) <= 1
 
 
-def test_linked_folders_are_classes_and_loops_end(tmp_path):
+def test_symlinked_folders_are_classes_and_loops_terminate(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "real" / name).mkdir(parents=True)
         for shade in range(3):
@@ -165,40 +167,40 @@ def test_linked_folders_are_classes_and_loops_end(tmp_path):
         assert train.classes == ["cat", "dog"] and len(train) + len(test) == count, name
 
 
-def test_numbers_of_other_widths(tmp_path):
+def test_32_bit_integers_load_and_floats_are_rejected(tmp_path):
     pixels = np.arange(16).reshape(4, 4)
-    deep = image_folder.read(saved(Image.fromarray(pixels.astype(np.int32)), tmp_path / "deep.tif"), 4, 4, 1)
-    assert np.array_equal(deep[0].numpy(), pixels)          # 32 bits that hold no more than 8
-    with pytest.raises(ValueError, match="floating point"):
-        image_folder.read(saved(Image.fromarray(pixels.astype(np.float32)), tmp_path / "float.tif"), 4, 4, 1)
+    deep = image_folder.read_image(save_image(Image.fromarray(pixels.astype(np.int32)), tmp_path / "deep.tif"), 4, 4, 1)
+    assert np.array_equal(deep[0].numpy(), pixels)          # 32-bit integers whose values fit into 8 bits
+    with pytest.raises(ValueError, match="floating-point"):
+        image_folder.read_image(save_image(Image.fromarray(pixels.astype(np.float32)), tmp_path / "float.tif"), 4, 4, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_image_that_vanishes_ends_the_training_in_one_line(num_workers, tmp_path, monkeypatch, capsys):
+def test_deleted_image_ends_training_with_a_one_line_error(num_workers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for shade in range(40):
         Image.new("L", (8, 8), shade).save(tmp_path / "images" / f"{shade}.png")
     load = image_folder.load
 
-    def load_and_lose(*arguments, **more):
-        loaded = load(*arguments, **more)
+    def load_then_delete(*args, **kwargs):
+        loaded = load(*args, **kwargs)
         loaded[0][0].paths[7].unlink()
         return loaded
 
-    monkeypatch.setattr(image_folder, "IN_MEMORY", 10)
-    monkeypatch.setattr(image_folder, "load", load_and_lose)
-    with pytest.raises(SystemExit) as stopped:
+    monkeypatch.setattr(image_folder, "MAX_IN_MEMORY", 10)
+    monkeypatch.setattr(image_folder, "load", load_then_delete)
+    with pytest.raises(SystemExit) as excinfo:
         import_script("VQ-VAE.py").main(["--dataset", "folder", "--data-folder", "images", "--image-size", "8",
                                          "--k", "4", "--batch-size", "8", "--num-workers", str(num_workers)])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
-    assert ".png" in said and "No such file" in said and "models/vqvae/last.pt is whole" in said
+    stderr = capsys.readouterr().err
+    assert excinfo.value.code == 2 and stderr.count("\n") == 1 and "Traceback" not in stderr
+    assert ".png" in stderr and "No such file" in stderr and "models/vqvae/last.pt is intact" in stderr
     for child in multiprocessing.active_children():
-        child.join()            # it has been killed
+        child.join()            # killed by the script
 
 
-def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monkeypatch, capsys):
+def test_resume_accepts_a_moved_but_not_a_changed_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for shade in range(20):
@@ -208,52 +210,52 @@ def test_a_run_goes_on_with_its_folder_moved_and_not_with_another(tmp_path, monk
            "--batch-size", "8", "--num-epochs", "1"])
     (tmp_path / "images").rename(tmp_path / "moved")
     capsys.readouterr()
-    go_on = ["--resume", "--num-epochs", "2"]
-    assert "there is no folder" in refuse("VQ-VAE.py", go_on, capsys)
-    train([*go_on, "--data-folder", "moved"])
+    resume_flags = ["--resume", "--num-epochs", "2"]
+    assert "there is no folder" in expect_usage_error("VQ-VAE.py", resume_flags, capsys)
+    train([*resume_flags, "--data-folder", "moved"])
     Image.new("L", (8, 8), 200).save(tmp_path / "moved" / "more.png")
     capsys.readouterr()
-    line = refuse("VQ-VAE.py", ["--resume", "--num-epochs", "3", "--data-folder", "moved"], capsys)
+    line = expect_usage_error("VQ-VAE.py", ["--resume", "--num-epochs", "3", "--data-folder", "moved"], capsys)
     assert "moved are not those that the run began with" in line
 
 
 @pytest.fixture(scope="module")
-def learned(images_folder, tmp_path_factory):
-    """A folder in which the README's commands have learned from the images, in fewer and smaller steps."""
-    folder, commands = tmp_path_factory.mktemp("learned"), readme_commands("A folder of images")
-    more = {"VQ-VAE.py": ("--num-epochs", 15, "--batch-size", 16, "--lr", "5e-3", "--beta", 0.25, "--k", 64,
-                          "--hidden-size", 16),
-            "train_prior.py": ("--num-epochs", 5, "--width", 64, "--heads", 2, "--layers", 1, "--batch-size", 8,
-                               "--shift", 0)}
+def trained_folder(images_folder, tmp_path_factory):
+    """A folder in which the commands of the docs have trained on the images, with smaller settings."""
+    folder, commands = tmp_path_factory.mktemp("trained"), readme_commands("docs/own-images.md", "A folder of images")
+    extra = {"VQ-VAE.py": ("--num-epochs", 15, "--batch-size", 16, "--lr", "5e-3", "--beta", 0.25, "--k", 64,
+                           "--hidden-size", 16),
+             "train_prior.py": ("--num-epochs", 5, "--width", 64, "--heads", 2, "--layers", 1, "--batch-size", 8,
+                                "--shift", 0)}
     assert len(commands) == 4 and "64" in commands[0]
     for _, script, *words in commands:
-        words = [word.replace("holiday pictures/beach.jpg", str(images_folder / "blau" / "Bild Nr. 0 ü CMYK.jpg"))
-                 .replace("holiday pictures", str(images_folder)) for word in words]
-        done = run_script(script, *words, *more.get(script, ()), cwd=folder)
-        assert done.returncode == 0, done.stderr
-        if script in more:
-            assert f"Left out of {images_folder}, 2 that Pillow cannot read" in done.stderr
+        words = [word.replace("my photos/beach.jpg", str(images_folder / "blau" / "Bild Nr. 0 ü CMYK.jpg"))
+                 .replace("my photos", str(images_folder)) for word in words]
+        result = run_script(script, *words, *extra.get(script, ()), cwd=folder)
+        assert result.returncode == 0, result.stderr
+        if script in extra:
+            assert f"Left out of {images_folder}, 2 that Pillow cannot read" in result.stderr
     assert {path.name for path in (folder / "generatedImages").iterdir()} == {"prior.png", "Bild Nr. 0 ü CMYK.png"}
     return folder
 
 
-def test_a_folder_of_everything_trains_a_colour_model(learned, images_folder, monkeypatch):
-    monkeypatch.chdir(learned)
-    losses = [event.value for event in events(learned / "logs" / "mine").Scalars("loss/test/reconstruction")]
+def test_mixed_image_folder_trains_a_colour_model(trained_folder, images_folder, monkeypatch):
+    monkeypatch.chdir(trained_folder)
+    losses = [event.value for event in events(trained_folder / "logs" / "mine").Scalars("loss/test/reconstruction")]
     assert losses[-1] < 0.6 * losses[0]
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--filename", "reconstructed"])
     picture = np.asarray(Image.open("generatedImages/reconstructed.png"))
-    assert picture.shape == (66 + 2, 10 * 66 + 2, 3)           # of ten test images
+    assert picture.shape == (66 + 2, 10 * 66 + 2, 3)           # ten test images
     _, test_set = data.load("folder", images_folder, [3, 64, 64])
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     cells = [picture[2:66, 2 + column * 66:66 + column * 66] for column in range(10)]
-    seen = np.stack(cells).astype(float).mean(axis=(1, 2))
+    colours = np.stack(cells).astype(float).mean(axis=(1, 2))
     means = test_set.images[order].double().mean(dim=(2, 3)).numpy()
-    assert np.abs(seen - means).mean() < 20 < np.abs(seen - means[::-1]).mean()
+    assert np.abs(colours - means).mean() < 20 < np.abs(colours - means[::-1]).mean()
 
 
-def test_images_are_drawn_by_class(learned, monkeypatch):
-    monkeypatch.chdir(learned)
+def test_prior_samples_by_class(trained_folder, monkeypatch):
+    monkeypatch.chdir(trained_folder)
     means = []
     for name in COLOURS:
         import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", "prior", "--label", name,
@@ -261,34 +263,35 @@ def test_images_are_drawn_by_class(learned, monkeypatch):
         picture = np.asarray(Image.open(f"generatedImages/{name}.png"))
         assert picture.shape == (662, 662, 3)
         means.append(picture.reshape(-1, 3).mean(axis=0))
-    # Many images of a class are grey: what counts is the colour that it has more of than the others.
+    # Many images of a class are grey: compare each colour channel between the classes.
     assert (np.array(means) - np.mean(means, axis=0)).argmax(axis=1).tolist() == [
         np.argmax(colour) for colour in COLOURS.values()]
 
 
-def test_own_images_are_reconstructed(learned, images_folder, monkeypatch, capsys):
-    monkeypatch.chdir(learned)
-    one = images_folder / "grüne" / "Bild Nr. 0 ü RGB.webp"
-    import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(one)])
+def test_user_images_are_reconstructed(trained_folder, images_folder, monkeypatch, capsys):
+    monkeypatch.chdir(trained_folder)
+    path = images_folder / "grüne" / "Bild Nr. 0 ü RGB.webp"
+    import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(path)])
     picture = Image.open("generatedImages/Bild Nr. 0 ü RGB.png")
-    upright = ImageOps.exif_transpose(Image.open(one)).convert("RGB")
+    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     original = np.asarray(ImageOps.fit(upright, (64, 64), Image.Resampling.LANCZOS))
     assert picture.size == (64, 64) and np.abs(np.asarray(picture).astype(float) - original).mean() < 45
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau")])
-    assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 of them
+    assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 images
     assert "notes.txt is no image" in capsys.readouterr().err
-    (learned / "generatedImages" / "mine.png").write_bytes(one.read_bytes())
-    before = (learned / "generatedImages" / "mine.png").read_bytes()
-    for path in ("generatedImages/mine.png", "generatedImages"):
-        line = refuse("generate.py", ["--model", "models/mine/best.pt", "--input", path, "--filename", "mine"], capsys)
-        assert "--filename mine: generatedImages/mine.png is there already, in --input" in line
-    assert (learned / "generatedImages" / "mine.png").read_bytes() == before
-    # A model of digits takes them too, in its own size and in grey.
-    import_script("generate.py").main(["--input", str(one), "--filename", "as a digit"])
+    (trained_folder / "generatedImages" / "mine.png").write_bytes(path.read_bytes())
+    before = (trained_folder / "generatedImages" / "mine.png").read_bytes()
+    for source in ("generatedImages/mine.png", "generatedImages"):
+        arguments = ["--model", "models/mine/best.pt", "--input", source, "--filename", "mine"]
+        line = expect_usage_error("generate.py", arguments, capsys)
+        assert "--filename mine: generatedImages/mine.png exists, in --input" in line
+    assert (trained_folder / "generatedImages" / "mine.png").read_bytes() == before
+    # A model of digits accepts them too, resized and in grey.
+    import_script("generate.py").main(["--input", str(path), "--filename", "as a digit"])
     assert Image.open("generatedImages/as a digit.png").size == (28, 28)
 
 
-def test_bad_folders_get_one_line(images_folder, tmp_path, monkeypatch, capsys):
+def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -299,13 +302,13 @@ def test_bad_folders_get_one_line(images_folder, tmp_path, monkeypatch, capsys):
             (["--data-folder", "text"], ("--data-folder text", "0 of its files are images")),
             (["--data-folder", images_folder, "--image-size", "30"], ("--image-size", "'30' is not a multiple of 4")),
             (["--data-folder", images_folder, "--channels", "2"], ("--channels", "2"))):
-        line = refuse("VQ-VAE.py", ["--dataset", "folder", *arguments], capsys)
+        line = expect_usage_error("VQ-VAE.py", ["--dataset", "folder", *arguments], capsys)
         assert all(word in line for word in words), line
-    line = refuse("VQ-VAE.py", ["--dataset", "MNIST-10k", "--image-size", "32"], capsys)
+    line = expect_usage_error("VQ-VAE.py", ["--dataset", "MNIST-10k", "--image-size", "32"], capsys)
     assert "--image-size 32" in line and "--dataset folder" in line
     for path, words in (("nowhere.png", ("--input", "nowhere.png", "random, prior")),
                         ("text/a.txt", ("--input text/a.txt", "no image that Pillow can read")),
                         ("empty", ("--input empty", "no image in it"))):
-        line = refuse("generate.py", ["--model", checkpoint.PRETRAINED, "--input", path], capsys)
+        line = expect_usage_error("generate.py", ["--model", checkpoint.PRETRAINED, "--input", path], capsys)
         assert all(word in line for word in words), line
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "empty", "text"]

@@ -1,11 +1,11 @@
-"""Evaluation, against arithmetic over the whole set at once."""
+"""metrics.evaluate() and perplexity(), against direct computation over the whole set."""
 
 import pytest
 import torch
 
 import data
 from metrics import evaluate, perplexity
-from testers import state_of, trained_model
+from testers import clone_state, trained_model
 
 pytestmark = pytest.mark.rounding
 
@@ -16,32 +16,33 @@ def assert_same_state(before, after):
         assert torch.equal(value, after[name]), name
 
 
-def test_evaluation_changes_nothing():
+def test_evaluate_leaves_model_and_rng_unchanged():
     model = trained_model("cpu", restart_after=2)
     x = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
     batches = data.batches(data.Images(x, torch.zeros(16)), 4)
     for mode in (True, False):
         model.train(mode)
-        before, random = state_of(model), torch.get_rng_state()
+        before, rng_state = clone_state(model), torch.get_rng_state()
         evaluate(model, batches, "cpu")
-        assert_same_state(before, state_of(model))
-        assert torch.equal(random, torch.get_rng_state())
+        assert_same_state(before, clone_state(model))
+        assert torch.equal(rng_state, torch.get_rng_state())
         assert model.training is mode
 
 
-def test_metrics_are_means_over_images_and_count_the_whole_set():
+def test_losses_average_over_images_and_counts_cover_the_set():
     model = trained_model("cpu")
     x = torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8)
     losses, counts = evaluate(model, [(x[:7], None), (x[7:], None)], "cpu", beta=0.25)
     model.eval()
     with torch.no_grad():
         scaled = (x.double() / 255 - 0.5).float() / 0.5
-        out = model(scaled)
-    assert abs(losses.reconstruction - (out.reconstruction - scaled).double().square().mean().item()) < 1e-6
-    assert abs(losses.commitment - (out.z_e - out.z_q).double().square().mean().item()) < 1e-6
+        output = model(scaled)
+    assert abs(losses.reconstruction - (output.reconstruction - scaled).double().square().mean().item()) < 1e-6
+    assert abs(losses.commitment - (output.z_e - output.z_q).double().square().mean().item()) < 1e-6
     assert abs(losses.total - (losses.reconstruction + 1.25 * losses.commitment)) < 1e-6
-    by_hand = out.indices.flatten().bincount(minlength=16)
-    assert counts.sum() == by_hand.sum() == 490 and (counts - by_hand).abs().sum() <= 2         # one latent by rounding
+    expected_counts = output.indices.flatten().bincount(minlength=16)
+    assert counts.sum() == expected_counts.sum() == 490
+    assert (counts - expected_counts).abs().sum() <= 2              # one latent may round to another code
 
 
 def test_perplexity_is_1_and_K_at_its_extremes():

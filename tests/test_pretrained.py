@@ -1,4 +1,4 @@
-"""The shipped model, prior and classifier, their record, and the scripts that use them when none is named."""
+"""The pretrained model, prior and classifier, their record, and the scripts that use them by default."""
 
 import hashlib
 import re
@@ -21,11 +21,11 @@ PRIOR = checkpoint.PRETRAINED.with_name("prior.pt")
 LOGS = ROOT / "logs_VQ-VAE"
 
 
-def figure(name):
+def recorded(name):
     return float(re.search(rf"^ +{name} +([\d.]+)", RECORD, flags=re.MULTILINE)[1])
 
 
-def test_file_is_the_one_that_model_txt_names():
+def test_pretrained_model_is_the_one_in_model_txt():
     path = ROOT / re.search(r"pretrained/\S+\.pt", RECORD)[0]
     assert path == checkpoint.PRETRAINED and path.stat().st_size < 1_000_000
     assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
@@ -34,7 +34,7 @@ def test_file_is_the_one_that_model_txt_names():
     assert contents["config"]["hidden_size"] == 40 and contents["config"]["num_codes"] == 512
 
 
-def test_file_record_track_and_logs_tell_the_same_figures():
+def test_checkpoint_record_track_and_logs_agree():
     contents = checkpoint.load(checkpoint.PRETRAINED)
     header, *lines = TRACK.splitlines()
     rows = [dict(zip(header.split(), map(float, line.split()))) for line in lines]
@@ -42,9 +42,9 @@ def test_file_record_track_and_logs_tell_the_same_figures():
     assert best["epoch"] == contents["epoch"] and best["step"] == contents["step"]
     assert best["test_recon"] == pytest.approx(contents["test"]["reconstruction"], abs=1e-5)
     assert best["test_recon"] <= 0.007 and best["perplexity"] >= 340 and best["used"] >= 508
-    assert figure("test MSE") == pytest.approx(best["test_recon"], abs=5e-5)
-    assert figure("perplexity") == pytest.approx(best["perplexity"], abs=0.5)
-    assert figure("codes used") == best["used"]
+    assert recorded("test MSE") == pytest.approx(best["test_recon"], abs=5e-5)
+    assert recorded("perplexity") == pytest.approx(best["perplexity"], abs=0.5)
+    assert recorded("codes used") == best["used"]
 
     command = re.search(r"python3 VQ-VAE\.py .*--output-folder recommended", RECORD)[0]
     assert command in (ROOT / "README.md").read_text()
@@ -62,36 +62,36 @@ def test_file_record_track_and_logs_tell_the_same_figures():
     assert (counts > 0).sum() == rows[-1]["used"]
 
 
-def test_scripts_use_it_without_model_and_say_so(tmp_path):
+def test_scripts_default_to_the_pretrained_model(tmp_path):
     for script, arguments in (("generate.py", ["--input", "random"]), ("generate.py", ["--dataset", "MNIST-10k"]),
                               ("evaluate.py", ["--dataset", "MNIST-10k"])):
-        done = run_script(script, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert "pretrained/vqvae.pt" in done.stderr
+        result = run_script(script, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "pretrained/vqvae.pt" in result.stderr
     assert {path.name for path in (tmp_path / "generatedImages").iterdir()} == {"MNIST-10k.png", "random.png"}
     grid = np.array(Image.open(tmp_path / "generatedImages" / "MNIST-10k.png").convert("L"))
     assert np.median(grid) < 10 and grid.max() > 240                               # white digits on black
-    mse = float(re.search(r"test MSE +([\d.]+)", done.stdout)[1])
-    assert mse < 0.0075                             # these digits are among those that it was trained on
+    mse = float(re.search(r"test MSE +([\d.]+)", result.stdout)[1])
+    assert mse < 0.0075                             # the model was trained on these digits
 
 
-def test_prior_and_classifier_are_the_files_that_model_txt_names():
+def test_pretrained_prior_and_classifier_are_those_in_model_txt():
     for path, largest in ((PRIOR, 8_000_000), (checkpoint.CLASSIFIER, 1_000_000)):
         assert f"pretrained/{path.name}" in RECORD and path.stat().st_size < largest
         assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
     _, contents = checkpoint.load_prior(PRIOR, checkpoint.PRETRAINED)
     assert contents["dataset"] == "MNIST" and contents["test"]["nats_per_code"] <= 2.05
-    assert figure("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=5e-5)
+    assert recorded("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=5e-5)
     _, contents = checkpoint.load_classifier(checkpoint.CLASSIFIER)
     assert contents["dataset"] == "MNIST" and contents["test"]["accuracy"] >= 0.994
-    assert figure("accuracy") == pytest.approx(100 * contents["test"]["accuracy"], abs=0.0051)
+    assert recorded("accuracy") == pytest.approx(100 * contents["test"]["accuracy"], abs=0.0051)
 
 
-def test_new_digits_are_the_digits_asked_for(tmp_path):
-    done = run_script("generate.py", "--input", "prior", "--filename", "digits", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "generatedImages/digits.png\n"
-    grid = torch.from_numpy(np.array(Image.open(tmp_path / done.stdout.strip()).convert("L")))
+def test_sampled_digits_match_the_requested_labels(tmp_path):
+    result = run_script("generate.py", "--input", "prior", "--filename", "digits", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "generatedImages/digits.png\n"
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / result.stdout.strip()).convert("L")))
     cells = torch.stack([grid[2 + 30 * i:, 2 + 30 * j:][:28, :28] for i in range(10) for j in range(10)])
     classifier, _ = checkpoint.load_classifier(checkpoint.CLASSIFIER)
     with torch.no_grad():
@@ -99,16 +99,16 @@ def test_new_digits_are_the_digits_asked_for(tmp_path):
     assert (digits == torch.arange(10).repeat_interleave(10)).sum() >= 90
 
 
-def test_sizes_that_are_not_its_own_are_refused(tmp_path):
-    done = run_script("generate.py", "--input", "random", "--k", 100, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert all(words in done.stderr for words in ("--k 100", "--k 512", "pretrained/vqvae.pt"))
+def test_contradicting_sizes_are_rejected(tmp_path):
+    result = run_script("generate.py", "--input", "random", "--k", 100, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert all(words in result.stderr for words in ("--k 100", "--k 512", "pretrained/vqvae.pt"))
     assert not list(tmp_path.iterdir())
 
 
 def test_repository_stays_small():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("this copy of the repository is no clone")
+        pytest.skip("not a git clone")
     sizes = [(ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name]
     assert sum(sizes) < 25_000_000

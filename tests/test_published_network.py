@@ -1,4 +1,4 @@
-"""The published network's weights, against that network written out in plain functions."""
+"""Weights with the published names, against the published network written with plain functions."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from PIL import Image
 import checkpoint
 import data
 from modules import Decoder, Encoder
-from testers import float64_distances, images
+from testers import float64_distances, random_images
 
 pytestmark = pytest.mark.rounding
 
 
 def published_state(hidden_size=8, num_codes=16, channels=1):
-    """A state_dict with the published names and random contents, BatchNorm statistics included."""
+    """A state_dict with the published names and random values, including BatchNorm statistics."""
     torch.manual_seed(3)
     state = {}
     for prefix, module in (("encoder", Encoder(channels, hidden_size)), ("decoder", Decoder(channels, hidden_size))):
@@ -28,7 +28,7 @@ def published_state(hidden_size=8, num_codes=16, channels=1):
 
 
 def published_names():
-    """The names that the published checkpoint is known to have, written out."""
+    """The names in the published checkpoint, listed independently of the modules."""
     block = ["1.weight", "1.bias", "4.weight", "4.bias"] + \
         [f"{i}.{name}" for i in (2, 5)
          for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
@@ -42,7 +42,7 @@ def published_names():
 
 
 def published_forward(state, x):
-    """The reconstruction of x by the published network, from its state_dict alone."""
+    """The reconstruction of x by the published network, computed from its state_dict."""
     def norm(name, x):
         mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
         scale = state[f"{name}.weight"] / torch.sqrt(var + 1e-5)
@@ -55,8 +55,8 @@ def published_forward(state, x):
         return F.conv_transpose2d(x, state[f"{name}.weight"], state[f"{name}.bias"], stride=2, padding=1)
 
     def residual(name, x):
-        inner = norm(f"{name}.block.2", conv(f"{name}.block.1", x.relu_(), padding=1))
-        return x + norm(f"{name}.block.5", conv(f"{name}.block.4", inner.relu_()))     # x is rectified by now
+        hidden = norm(f"{name}.block.2", conv(f"{name}.block.1", x.relu_(), padding=1))
+        return x + norm(f"{name}.block.5", conv(f"{name}.block.4", hidden.relu_()))     # relu_ has changed x in place
 
     z_e = conv("encoder.0", x, stride=2, padding=1)
     z_e = conv("encoder.3", norm("encoder.1", z_e).relu_(), stride=2, padding=1)
@@ -72,25 +72,25 @@ def published_forward(state, x):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_a_bare_state_dict_loads_and_its_forward_pass_agrees(tmp_path, channels, prefix):
+def test_published_state_dict_loads_and_its_outputs_match(tmp_path, channels, prefix):
     state = published_state(channels=channels)
     assert set(state) == published_names()
     torch.save({prefix + name: value for name, value in state.items()}, tmp_path / "published.pt")
     model, contents = checkpoint.load_model(tmp_path / "published.pt")
     assert contents["config"] == {"channels": channels, "hidden_size": 8, "num_codes": 16}
-    x = images(5, channels)
+    x = random_images(5, channels)
     expected = published_forward(state, x.clone())
     assert expected.std() > 0.1
     with torch.no_grad():
         assert (model(x).reconstruction - expected).abs().max() < 1e-5
 
 
-def test_generate_draws_what_the_published_network_reconstructs(tmp_path):
+def test_generate_matches_the_published_network(tmp_path):
     state = published_state(hidden_size=40, num_codes=64)
     torch.save(state, tmp_path / "published.pt")
-    done = run_script("generate.py", "--model", "published.pt", "--dataset", "MNIST-10k", "--hidden-size", 40,
-                      "--k", 64, "--seed", 7, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run_script("generate.py", "--model", "published.pt", "--dataset", "MNIST-10k", "--hidden-size", 40,
+                        "--k", 64, "--seed", 7, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     written = torchvision.transforms.functional.pil_to_tensor(
         Image.open(tmp_path / "generatedImages" / "MNIST-10k.png").convert("L"))
 
@@ -98,5 +98,5 @@ def test_generate_draws_what_the_published_network_reconstructs(tmp_path):
     chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(7))[:100]
     expected = published_forward(state, data.to_model_range(digits[chosen]))
     expected = torchvision.utils.make_grid((expected + 1) / 2, nrow=10)[0] * 255
-    # A latent between two codes may go to either by rounding, and changes its surroundings.
+    # A latent between two codes may round to either, which changes the pixels around it.
     assert ((written[0] - expected).abs() <= 1).float().mean() > 0.99

@@ -1,4 +1,4 @@
-"""VQ-VAE.py as a user runs it, and what it leaves in models/ and logs/."""
+"""VQ-VAE.py from the command line, and the files it writes in models/ and logs/."""
 
 import io
 import json
@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TRAINING
+from conftest import TRAIN_ARGS
 from helpers import bundled_digits, events, import_script, run_script, snapshot
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -27,31 +26,31 @@ from vector_quantizer import VectorQuantizer
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
 FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used"}
 STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256
-LOGGED = [10, 20, 30, 36, 46, 56, 66, 72]
+LOGGED_STEPS = [10, 20, 30, 36, 46, 56, 66, 72]
 
 
 def track(folder):
-    """The columns of a run's text track, by name."""
+    """{column: values} of the text track of a run."""
     lines = (folder / "models" / "run" / "track.txt").read_text().splitlines()
     rows = [[float(value) for value in line.split()] for line in lines[1:]]
     return {name: [row[i] for row in rows] for i, name in enumerate(lines[0].split())}
 
 
-def test_the_run_leaves_its_files_and_says_where(trained):
+def test_run_writes_its_files_and_prints_their_paths(trained):
     assert {path.name for path in (trained / "models" / "run").iterdir()} == {
         "args.json", "best.pt", "last.pt", "model_1.pt", "model_2.pt", "track.txt"}
-    said = (trained / "stdout.txt").read_text()
-    for place in ("models/run/best.pt", "models/run/track.txt", "logs/run"):
-        assert place in said
+    stdout = (trained / "stdout.txt").read_text()
+    for path in ("models/run/best.pt", "models/run/track.txt", "logs/run"):
+        assert path in stdout
     for line in (trained / "models" / "run" / "track.txt").read_text().splitlines():
-        assert line in said
+        assert line in stdout
     arguments = json.loads((trained / "models" / "run" / "args.json").read_text())
     assert arguments["batch_size"] == 256 and arguments["seed"] == 0 and arguments["lr"] == 4e-3
     environment, = arguments["environments"]
     assert environment["torch"] == torch.__version__ and environment["threads"] == str(torch.get_num_threads())
 
 
-def test_event_file_holds_every_tag(trained):
+def test_event_file_has_every_tag(trained):
     run = events(trained / "logs" / "run")
     tags = run.Tags()
     expected = {f"loss/{split}/{name}" for split in ("train", "test") for name in LOSSES}
@@ -61,7 +60,7 @@ def test_event_file_holds_every_tag(trained):
     assert set(tags["images"]) == {"images/original", "images/reconstruction"}
     assert tags["histograms"] == ["codebook/use"] and tags["graph"]
     for name in LOSSES:
-        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED
+        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED_STEPS
         assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [1, 2]
     assert [event.step for event in run.Images("images/original")] == [0]
     assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
@@ -69,10 +68,10 @@ def test_event_file_holds_every_tag(trained):
     assert any("conv" in operation for operation in operations)
 
 
-def test_tensorboard_serves_every_tag_and_the_charts_over_http(trained):
-    def ask(path):
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path) as answer:
-            return json.load(answer)
+def test_tensorboard_serves_every_tag_and_custom_chart(trained):
+    def get_json(path):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address + path) as response:
+            return json.load(response)
 
     server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--port", "0", "--host",
                                "127.0.0.1", "--load_fast", "false"],
@@ -81,26 +80,27 @@ def test_tensorboard_serves_every_tag_and_the_charts_over_http(trained):
         address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
         expected = events(trained / "logs" / "run").Tags()
         for plugin in ("scalars", "images", "histograms"):
-            until = time.monotonic() + 300                  # it answers before it has read the logs
-            while set((served := ask(f"data/plugin/{plugin}/tags")).get("run", ())) != set(expected[plugin]):
-                assert time.monotonic() < until, (plugin, served)
+            deadline = time.monotonic() + 300                  # the server starts before all logs are read
+            while set((served := get_json(f"data/plugin/{plugin}/tags")).get("run", ())) != set(expected[plugin]):
+                assert time.monotonic() < deadline, (plugin, served)
                 time.sleep(0.1)
         categories = {category["title"]: {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
-                      for category in ask("data/plugin/custom_scalars/layout")["category"]}
+                      for category in get_json("data/plugin/custom_scalars/layout")["category"]}
         assert categories["losses"] == {
             "the three losses, training": [f"loss/train/{name}" for name in LOSSES[:3]],
             "the three losses, test": [f"loss/test/{name}" for name in LOSSES[:3]]}
         assert list(categories["prior"].values()) == [["prior/train", "prior/test"]]
         for tag in (tag for tags in categories["losses"].values() for tag in tags):
-            curves = ask(f"data/plugin/custom_scalars/scalars?run=run&tag={tag}")["tag_to_events"]
-            assert [point[1] for point in curves.pop(tag)] == (LOGGED if "train" in tag else [1, 2]) and not curves
+            curves = get_json(f"data/plugin/custom_scalars/scalars?run=run&tag={tag}")["tag_to_events"]
+            steps = [point[1] for point in curves.pop(tag)]
+            assert steps == (LOGGED_STEPS if "train" in tag else [1, 2]) and not curves
     finally:
         server.kill()
         server.wait()
         server.stderr.close()
 
 
-def test_losses_in_the_event_file_add_up_and_fall(trained):
+def test_logged_losses_add_up_and_decrease(trained):
     run = events(trained / "logs" / "run")
     for split in ("train", "test"):
         parts = [np.array([event.value for event in run.Scalars(f"loss/{split}/{name}")]) for name in LOSSES]
@@ -109,7 +109,7 @@ def test_losses_in_the_event_file_add_up_and_fall(trained):
     assert train[-1] < train[0] / 4
 
 
-def test_track_agrees_with_the_event_file(trained):
+def test_text_track_matches_the_event_file(trained):
     columns, run = track(trained), events(trained / "logs" / "run")
     assert columns["epoch"] == [1, 2] and columns["step"] == [STEPS / 2, STEPS]
     pairs = {"test_recon": "loss/test/reconstruction", "test_codebook": "loss/test/codebook",
@@ -118,31 +118,32 @@ def test_track_agrees_with_the_event_file(trained):
         assert np.allclose(columns[column], [event.value for event in run.Scalars(tag)], rtol=1e-2), column
     assert columns["restarts"] == [event.value for event in run.Scalars("codebook/restarts")]
     assert columns["restarts"][0] > 0
-    # A point is the mean of ten steps, the last of six; an epoch's mean weighs images, so that its last batch
-    # of 40 counts less than in a mean over steps.
+    # A point is the mean of ten steps, or of six at the end. The mean of an epoch is over images, so that its
+    # last batch of 40 counts less than in a mean over steps.
     for column, name in (("train_recon", "reconstruction"), ("train_commit", "commitment")):
         values = np.array([event.value for event in run.Scalars(f"loss/train/{name}")]).reshape(2, 4)
         assert np.allclose(columns[column], values @ [10, 10, 10, 6] / 36, rtol=0.03)
 
 
-@pytest.mark.parametrize("name, steps, by_hand", [
+@pytest.mark.parametrize("name, steps, expected", [
     ("constant", 100, lambda i: 1.0), ("cosine", 100, lambda i: (1 + np.cos(np.pi * i / 100)) / 2),
     ("onecycle", 100, lambda i: 1 / 25 + (1 - 1 / 25) * (1 - np.cos(np.pi * i / 29)) / 2 if i <= 29
         else 1 / 25e4 + (1 - 1 / 25e4) * (1 + np.cos(np.pi * (i - 29) / 70)) / 2),
     ("onecycle", 1, lambda i: 1 / 25e4), ("cosine", 1, lambda i: 1.0)])
-def test_schedules_follow_their_formulas_to_the_last_step(name, steps, by_hand):
+def test_schedules_match_their_formulas(name, steps, expected):
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = import_script("VQ-VAE.py").make_schedule(name, optimizer, 2.0, steps)
     for i in range(steps):
-        assert schedule.get_last_lr()[0] / 2 == pytest.approx(by_hand(i), rel=1e-4), i
+        assert schedule.get_last_lr()[0] / 2 == pytest.approx(expected(i), rel=1e-4), i
         optimizer.step()
         schedule.step()
 
 
-def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
-    done = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 500, "--num-epochs", 2, "--hidden-size", 8,
-                      "--k", 16, "--lr", 1e-3, "--lr-schedule", "cosine", "--codebook-update", "ema", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_requested_schedule_spans_the_run(tmp_path):
+    result = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 500, "--num-epochs", 2,
+                        "--hidden-size", 8, "--k", 16, "--lr", 1e-3, "--lr-schedule", "cosine",
+                        "--codebook-update", "ema", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     logged = {event.step: event.value for event in events(tmp_path / "logs" / "vqvae").Scalars("lr")}
     for step, value in logged.items():
         assert value == pytest.approx(1e-3 * (1 + np.cos(np.pi * (step - 1) / 36)) / 2, rel=1e-4)
@@ -153,48 +154,48 @@ def test_schedule_is_the_one_asked_for_and_spans_the_whole_run(tmp_path):
     assert model.quantizer.ema
 
 
-def test_use_of_the_codes_in_training_is_counted_over_each_epoch(mnist_folder):
-    """Perplexity and codes used in training are those of all indices of that epoch's steps, and of no other."""
-    script = import_script("VQ-VAE.py")
-    run = script.Run(script.get_parser().parse_args(["--data-folder", str(mnist_folder), "--k", "32",
-                                                     "--hidden-size", "8", "--batch-size", "50"]))
-    for epoch in range(2):
-        seen = []
-        hook = run.model.register_forward_hook(lambda _module, _inputs, output, seen=seen: seen.append(output.indices))
-        steps = sum(1 for _ in run.take_steps(mock.Mock(log_dir="."), mock.Mock()))
-        hook.remove()
-        assert steps == 12 and run.progress.step == 12 * (epoch + 1) and run.progress.counts.sum() == 600 * 49
-        indices = torch.cat([some.flatten() for some in seen])
-        assert run.progress.counts.tolist() == [(indices == k).sum().item() for k in range(32)]
-        run.progress.next_epoch(run.generator)
-
-
-def test_restarts_are_counted_in_each_epoch_anew(mnist_folder, tmp_path, monkeypatch):
-    """Against the codes that were seen to move, step by step, in 12 steps of each of two epochs."""
+def test_training_code_counts_cover_each_epoch(mnist_folder, tmp_path, monkeypatch):
+    """Expected: the counts of all indices in the 12 steps of each epoch."""
     monkeypatch.chdir(tmp_path)
-    restart, moved = VectorQuantizer._restart_unused, []
+    script, step_indices, epoch_counts = import_script("VQ-VAE.py"), [], []
+    count, log_epoch = script.code_counts, script.log_epoch
+    script.code_counts = lambda indices, K: step_indices.append(indices) or count(indices, K)
+    script.log_epoch = lambda trainer, *args: epoch_counts.append(trainer.state.code_counts.tolist()) or log_epoch(
+        trainer, *args)
+    script.main(["--data-folder", str(mnist_folder), "--k", "32", "--hidden-size", "8", "--batch-size", "50",
+                 "--num-epochs", "2"])
+    assert len(step_indices) == 24 and len(epoch_counts) == 2
+    for steps, counts in zip((step_indices[:12], step_indices[12:]), epoch_counts):
+        indices = torch.cat([step.flatten() for step in steps])
+        assert sum(counts) == 600 * 49 and counts == [(indices == k).sum().item() for k in range(32)]
 
-    def watched(quantizer, *given):
+
+def test_restarts_are_counted_per_epoch(mnist_folder, tmp_path, monkeypatch):
+    """Expected: the number of codes that move in a restart, over the 12 steps of each of two epochs."""
+    monkeypatch.chdir(tmp_path)
+    restart, moved_per_step = VectorQuantizer._restart_unused, []
+
+    def counting_restart(quantizer, *args):
         before = quantizer.codebook.detach().clone()
-        restart(quantizer, *given)
-        moved.append((quantizer.codebook != before).any(dim=1).sum().item())
+        restart(quantizer, *args)
+        moved_per_step.append((quantizer.codebook != before).any(dim=1).sum().item())
 
-    monkeypatch.setattr(VectorQuantizer, "_restart_unused", watched)
+    monkeypatch.setattr(VectorQuantizer, "_restart_unused", counting_restart)
     import_script("VQ-VAE.py").main(["--data-folder", str(mnist_folder), "--batch-size", "50", "--num-epochs", "2",
                                      "--hidden-size", "8", "--k", "512", "--restart-after", "3", "--lr", "1e-2",
                                      "--output-folder", "run"])
-    assert track(tmp_path)["restarts"] == [sum(moved[:12]), sum(moved[12:])]
-    assert len(moved) == 24 and min(track(tmp_path)["restarts"]) > 0
+    assert track(tmp_path)["restarts"] == [sum(moved_per_step[:12]), sum(moved_per_step[12:])]
+    assert len(moved_per_step) == 24 and min(track(tmp_path)["restarts"]) > 0
 
 
-def test_use_on_the_training_and_the_test_set_are_logged_apart(trained):
+def test_code_use_is_logged_separately_for_train_and_test(trained):
     run = events(trained / "logs" / "run")
     for name in ("perplexity", "used"):
         train, test = ([event.value for event in run.Scalars(f"codebook/{split}{name}")] for split in ("train/", ""))
         assert train != test and all(0 < value <= 512 for value in train + test)
 
 
-def test_projector_shows_each_code_with_its_use_and_its_picture(trained):
+def test_projector_has_use_and_picture_of_each_code(trained):
     logs = trained / "logs" / "run"
     config = (logs / "projector_config.pbtxt").read_text()
     for name in ("tensors.tsv", "metadata.tsv", "sprite.png"):
@@ -205,12 +206,12 @@ def test_projector_shows_each_code_with_its_use_and_its_picture(trained):
 
     header, *rows = (logs / "00002" / "codebook" / "metadata.tsv").read_text().splitlines()
     assert header == "code\tused"
-    numbers, uses = np.array([[int(cell) for cell in row.split("\t")] for row in rows]).T
-    assert numbers.tolist() == list(range(512)) and uses.sum() == 1000 * 49
+    codes, uses = np.array([[int(cell) for cell in row.split("\t")] for row in rows]).T
+    assert codes.tolist() == list(range(512)) and uses.sum() == 1000 * 49
     assert np.allclose(uses, events(logs).Histograms("codebook/use")[-1].histogram_value.bucket)
 
     sprite = np.array(Image.open(logs / "00002" / "codebook" / "sprite.png").convert("L")).astype(int)
-    assert sprite.shape == (23 * 28, 23 * 28)                       # 23² is the first square from 512 on
+    assert sprite.shape == (23 * 28, 23 * 28)                       # 23² is the smallest square of at least 512
     for k in (0, 22, 23, 511):
         with torch.no_grad():
             picture = model.decode(torch.full((1, 7, 7), k))[0, 0].add(1).mul(127.5).numpy()
@@ -218,7 +219,7 @@ def test_projector_shows_each_code_with_its_use_and_its_picture(trained):
         assert np.abs(sprite[28 * row:28 * row + 28, 28 * column:28 * column + 28] - picture).max() <= 1.01
 
 
-def test_hparams_hold_the_settings_and_the_final_figures(trained):
+def test_hparams_hold_settings_and_final_metrics(trained):
     run, columns = events(trained / "logs" / "run"), track(trained)
     contents = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = {name: getattr(value, value.WhichOneof("kind")) for name, value
@@ -231,7 +232,7 @@ def test_hparams_hold_the_settings_and_the_final_figures(trained):
     assert final["final/used"] == columns["used"][-1]
 
 
-def test_pictures_in_the_event_file_are_the_test_digits(trained):
+def test_logged_images_are_the_test_digits(trained):
     run = events(trained / "logs" / "run")
     digits = torch.from_numpy(bundled_digits()[0][9000:9064]).unsqueeze(1)
     expected = torchvision.utils.make_grid(digits)[0].numpy()
@@ -245,7 +246,7 @@ def test_pictures_in_the_event_file_are_the_test_digits(trained):
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_checkpoints_give_the_figures_of_the_track(trained):
+def test_checkpoints_reproduce_the_logged_metrics(trained):
     columns, folder = track(trained), trained / "models" / "run"
     _, test_set = data.load("MNIST-10k", "MNIST")
     for epoch in (1, 2):
@@ -260,50 +261,52 @@ def test_checkpoints_give_the_figures_of_the_track(trained):
     best = int(np.argmin(columns["test_recon"])) + 1
     assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
     last = checkpoint.load(folder / "last.pt")
-    assert set(last["training"]) == {"settings", "progress", "optimizer", "random", "bfloat16", "environments"}
+    assert set(last["training"]) == {"settings", "progress", "optimizer", "schedule", "random", "bfloat16",
+                                     "environments"}
     assert all(torch.equal(last["model"][name], value) for name, value in model.state_dict().items())
 
 
-def test_the_codebook_stays_alive(trained):
+def test_codebook_does_not_collapse(trained):
     assert track(trained)["used"][-1] > 200
 
 
 def test_same_seed_gives_identical_weights(trained, tmp_path):
-    assert run_script("VQ-VAE.py", *TRAINING, cwd=tmp_path).returncode == 0
+    assert run_script("VQ-VAE.py", *TRAIN_ARGS, cwd=tmp_path).returncode == 0
     for name in ("model_1.pt", "model_2.pt", "best.pt", "last.pt"):
         contents = [checkpoint.load(folder / "models" / "run" / name) for folder in (trained, tmp_path)]
         for key, value in contents[0]["model"].items():
             assert torch.equal(value, contents[1]["model"][key]), key
 
 
-def test_a_finished_run_is_touched_with_overwrite_alone(trained, tmp_path):
+def test_finished_run_is_replaced_only_with_overwrite(trained, tmp_path):
     for folder in ("models", "logs"):
         shutil.copytree(trained / folder, tmp_path / folder)
-    mine = {"notes.txt", "classifier.pt", "model_mine.pt"}
-    for name in mine:
+    user_files = {"notes.txt", "classifier.pt", "model_mine.pt"}
+    for name in user_files:
         (tmp_path / "models" / "run" / name).write_text("mine")
     (tmp_path / "models" / "run" / "prior.pt").write_text("of the model that is replaced")
     before = snapshot(tmp_path)
-    refused = run_script("VQ-VAE.py", *TRAINING, cwd=tmp_path)
+    refused = run_script("VQ-VAE.py", *TRAIN_ARGS, cwd=tmp_path)
     assert refused.returncode == 2 and "--overwrite" in refused.stderr and "models/run" in refused.stderr
     assert snapshot(tmp_path) == before
 
-    again = run_script("VQ-VAE.py", *TRAINING, "--num-epochs", 1, "--seed", 1, "--overwrite", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    result = run_script("VQ-VAE.py", *TRAIN_ARGS, "--num-epochs", 1, "--seed", 1, "--overwrite", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "models" / "run").iterdir()} == {
-        "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", *mine}
+        "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", *user_files}
     assert [path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()] == ["00001"]
     assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
     assert track(tmp_path)["epoch"] == [1]
-    one, two = (checkpoint.load(folder / "models" / "run" / "model_1.pt")["model"] for folder in (trained, tmp_path))
-    assert not torch.equal(one["encoder.0.weight"], two["encoder.0.weight"])
+    paths = (folder / "models" / "run" / "model_1.pt" for folder in (trained, tmp_path))
+    first, second = (checkpoint.load(path)["model"] for path in paths)
+    assert not torch.equal(first["encoder.0.weight"], second["encoder.0.weight"])
 
 
-def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp_path):
-    done = run_script("VQ-VAE.py", "--output-folder", "a/b", "--data-folder", mnist_folder, "--device", "cpu",
-                      "--hidden-size", 16, "--k", 32, "--batch-size", 100, "--num_epoch", 1, "--lr", 2e-4,
-                      "--beta", 0.5, "--num-workers", 1, "--codebook-init", "uniform", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_mnist_files_train_with_the_published_flags(mnist_folder, tmp_path):
+    result = run_script("VQ-VAE.py", "--output-folder", "a/b", "--data-folder", mnist_folder, "--device", "cpu",
+                        "--hidden-size", 16, "--k", 32, "--batch-size", 100, "--num_epoch", 1, "--lr", 2e-4,
+                        "--beta", 0.5, "--num-workers", 1, "--codebook-init", "uniform", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     contents = checkpoint.load(tmp_path / "models" / "a" / "b" / "best.pt")
     assert contents["dataset"] == {"name": "MNIST", "shape": [1, 28, 28]}
     assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32, "codebook_update": "gradient",
@@ -314,17 +317,17 @@ def test_complete_mnist_format_trains_with_the_published_flags(mnist_folder, tmp
     assert parts["total"] == pytest.approx(parts["reconstruction"] + parts["codebook"] + 0.5 * parts["commitment"])
 
 
-def test_losses_that_are_no_longer_finite_stop_the_run_in_one_line(tmp_path):
-    done = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 1000, "--hidden-size", 8, "--k", 16,
-                      "--lr", 1e30, cwd=tmp_path)
-    assert done.returncode == 2 and "--lr 1e+30: the " in done.stderr and done.stderr.count("\n") == 1
-    assert re.search(r"loss of step \d, in epoch 1, is (inf|nan): try a lower rate", done.stderr)
+def test_nonfinite_loss_ends_the_run_with_a_one_line_error(tmp_path):
+    result = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 1000, "--hidden-size", 8, "--k", 16,
+                        "--lr", 1e30, cwd=tmp_path)
+    assert result.returncode == 2 and "--lr 1e+30: the " in result.stderr and result.stderr.count("\n") == 1
+    assert re.search(r"loss of step \d, in epoch 1, is (inf|nan): try a lower rate", result.stderr)
     assert [path.name for path in (tmp_path / "models" / "vqvae").glob("*.pt")] == ["last.pt"]
     assert checkpoint.load_model(tmp_path / "models" / "vqvae" / "last.pt")[1]["step"] == 0
 
 
-def test_importing_a_script_does_nothing(tmp_path, monkeypatch):
+def test_importing_a_script_has_no_side_effects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "figures.py"):
+    for name in ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "docs/figures.py"):
         assert import_script(name).get_parser().parse_args([])
     assert not list(tmp_path.iterdir())

@@ -1,11 +1,9 @@
-"""train_prior.py, generate.py --input prior and evaluate.py --prior as a user runs them."""
+"""train_prior.py, generate.py --input prior and evaluate.py --prior from the command line."""
 
 import json
 import math
 import re
 import shutil
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,31 +13,31 @@ from PIL import Image
 
 import checkpoint
 import data
-import resume
+from data.code_maps import CodeMaps, offsets_up_to, shift_images
 
-SMALL = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "48", "--heads", "4", "--num-epochs", "2",
-         "--batch-size", "64", "--shift", "0")
+SMALL_FLAGS = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "48", "--heads", "4", "--num-epochs", "2",
+               "--batch-size", "64", "--shift", "0")
 
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """A folder with models/run, its VQ-VAE and a small prior learned for it, and logs/run. Not to be changed."""
+    """A folder with a VQ-VAE and a small prior in models/run, and the prior's logs in logs/run. Read-only."""
     folder = tmp_path_factory.mktemp("prior")
     (folder / "models" / "run").mkdir(parents=True)
     shutil.copy(trained / "models" / "run" / "best.pt", folder / "models" / "run")
-    done = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
+    result = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL_FLAGS, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout.txt").write_text(result.stdout)
     return folder
 
 
 def track(folder):
-    """The columns of the prior's text track, by name."""
+    """{column: values} of the text track of the prior."""
     header, *lines = (folder / "models" / "run" / "prior-track.txt").read_text().splitlines()
     return dict(zip(header.split(), np.array([[float(cell) for cell in line.split()] for line in lines]).T))
 
 
-def test_prior_is_written_beside_the_model_and_logged_with_it(folder):
+def test_prior_is_saved_and_logged_next_to_its_model(folder):
     assert {path.name for path in (folder / "models" / "run").iterdir()} == {
         "best.pt", "prior.pt", "prior-last.pt", "prior-track.txt"}
     run, columns = events(folder / "logs" / "run"), track(folder)
@@ -48,19 +46,19 @@ def test_prior_is_written_beside_the_model_and_logged_with_it(folder):
     for column, tag in (("train_nats", "prior/train"), ("test_nats", "prior/test"),
                         ("bits_per_pixel", "prior/bits_per_pixel")):
         assert np.allclose([event.value for event in run.Scalars(tag)], columns[column], atol=1e-4)
-    said = (folder / "stdout.txt").read_text()
-    assert "models/run/prior.pt" in said and "--input prior" in said
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{tag}`" in readme for tag in run.Tags()["scalars"] + run.Tags()["images"])
+    stdout = (folder / "stdout.txt").read_text()
+    assert "models/run/prior.pt" in stdout and "--input prior" in stdout
+    page = (ROOT / "docs" / "tensorboard.md").read_text()
+    assert all(f"`{tag}`" in page for tag in run.Tags()["scalars"] + run.Tags()["images"])
 
 
-def test_test_loss_is_that_of_the_code_maps_and_beats_counting_codes(folder):
+def test_prior_test_loss_is_correct_and_beats_a_unigram_model(folder):
     run = folder / "models" / "run"
     model, _ = checkpoint.load_model(run / "best.pt")
     prior, contents = checkpoint.load_prior(run / "prior.pt", run / "best.pt")
     sets = data.load("MNIST-10k", "MNIST")
     with torch.no_grad():
-        train, test = (torch.cat([model.encode(data.to_model_range(some)) for some in part.images.split(500)])
+        train, test = (torch.cat([model.encode(data.to_model_range(chunk)) for chunk in part.images.split(500)])
                        for part in sets)
         nats = -prior.log_prob(test, sets[1].labels).double().mean().item() / 49
     assert nats == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
@@ -71,52 +69,35 @@ def test_test_loss_is_that_of_the_code_maps_and_beats_counting_codes(folder):
     assert nats < unigram - 0.3 and unigram < math.log(512)
 
 
-def test_shifted_images_are_those_that_numpy_pads_and_crops():
-    script = import_script("train_prior.py")
+def test_shifted_images_match_numpy_pad_and_crop():
     images = torch.randint(256, (3, 1, 6, 5), dtype=torch.uint8)
     for dy, dx in ((0, 0), (1, 0), (-1, 2), (2, -1)):
         padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
-        assert np.array_equal(script.shifted(images, dy, dx), padded[:, :, 2 - dy:8 - dy, 2 - dx:7 - dx])
+        assert np.array_equal(shift_images(images, dy, dx), padded[:, :, 2 - dy:8 - dy, 2 - dx:7 - dx])
 
 
-def test_first_offset_is_none_and_each_other_one_is_there_once():
-    offsets = import_script("train_prior.py").offsets_up_to(1)
+def test_offsets_start_at_zero_and_are_unique():
+    offsets = offsets_up_to(1)
     assert offsets[0] == (0, 0) and len(offsets) == 9
     assert set(offsets) == {(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
 
 
-def test_each_image_is_learned_once_an_epoch_with_its_label_and_the_shift_of_its_map():
-    class Recorder(torch.nn.Module):
-        height = width = 2
-
-        def __init__(self):
-            super().__init__()
-            self.scale, self.seen = torch.nn.Parameter(torch.ones(1)), []
-
-        def log_prob(self, indices, labels, shifts):
-            self.seen.append((indices[:, 0, 0], labels, shifts))
-            return self.scale.expand(len(indices))
-
-    script, args = import_script("train_prior.py"), SimpleNamespace(batch_size=6, device="cpu", lr=0.1, amp=False)
-    run, prior = script.Run.__new__(script.Run), Recorder()
-    optimizer = torch.optim.SGD([prior.scale], lr=args.lr)
-    resume.Run.__init__(run, args, {}, prior, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer),
-                        torch.Generator().manual_seed(0), steps=4, images=20)
-    run.eager = run.compiled = run.loss_of
-    # Code map s of image n holds the number 20·s + n everywhere, and n is its label.
-    run.train_maps = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
-    run.train_set = data.Images(None, torch.arange(20))
+def test_epoch_has_each_image_once_with_its_label_and_shift():
+    script, generator = import_script("train_prior.py"), torch.Generator().manual_seed(0)
+    # All entries of the map of image n with shift s are 20·s + n. The label of image n is n.
+    train = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
+    maps, orders = CodeMaps(train, torch.arange(20), None, None), []
     for _epoch in range(2):
-        prior.seen.clear()
-        assert sum(1 for _ in run.take_steps(mock.Mock(log_dir="."), mock.Mock())) == 4
-        codes, labels, shifts = (torch.cat(parts) for parts in zip(*prior.seen))
-        assert torch.equal(codes, 20 * shifts + labels)
+        batches = list(script.epoch_batches(maps, generator, batch_size=6))
+        assert [len(labels) for _, labels, _ in batches] == [6, 6, 6, 2]
+        codes, labels, shifts = (torch.cat(parts) for parts in zip(*batches))
+        assert (codes == (20 * shifts + labels).view(-1, 1, 1)).all()
         assert sorted(labels.tolist()) == list(range(20)) and set(shifts.tolist()) == {0, 1, 2}
-        assert run.progress.images == 20
-        run.progress.next_epoch(run.generator)
+        orders.append(labels.tolist())
+    assert orders[0] != orders[1]
 
 
-def test_rate_warms_up_and_falls_to_zero():
+def test_learning_rate_warms_up_and_decays_to_zero():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = import_script("train_prior.py").warm_up_then_cosine(optimizer, 100)
     rates = []
@@ -128,14 +109,14 @@ def test_rate_warms_up_and_falls_to_zero():
     assert rates[5:] == pytest.approx([1 + math.cos(math.pi * i / 95) for i in range(95)])
 
 
-def test_generate_draws_from_the_prior_beside_the_model(folder, tmp_path):
+def test_generate_samples_from_the_prior_next_to_the_model(folder, tmp_path):
     pictures = {}
     for name, arguments in (("a", []), ("b", ["--seed", 0, "--prior", folder / "models" / "run" / "prior.pt"]),
                             ("c", ["--seed", 1]), ("d", ["--label", 3, "--temperature", 0.5, "--top-k", 5,
                                                          "--guidance", 2])):
-        done = run_script("generate.py", "--model", folder / "models" / "run" / "best.pt", "--input", "prior",
-                          "--filename", name, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        result = run_script("generate.py", "--model", folder / "models" / "run" / "best.pt", "--input", "prior",
+                            "--filename", name, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
         pictures[name] = np.array(Image.open(tmp_path / "generatedImages" / f"{name}.png").convert("L")).astype(int)
     assert np.array_equal(pictures["a"], pictures["b"]) and not np.array_equal(pictures["a"], pictures["c"])
 
@@ -150,49 +131,53 @@ def test_generate_draws_from_the_prior_beside_the_model(folder, tmp_path):
         assert np.abs(cells - expected).max() <= 1
 
 
-def test_evaluate_measures_the_prior_and_its_digits(folder, tmp_path, monkeypatch, capsys):
+def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypatch, capsys):
     run, script = folder / "models" / "run", import_script("evaluate.py")
-    monkeypatch.setattr(script, "SAMPLES", 1000)
+    monkeypatch.setattr(script, "NUM_SAMPLES", 1000)
     script.main(["--model", str(run / "best.pt"), "--prior", str(run / "prior.pt"), "--seed", "1",
                  "--temperature", "0.8", "--json", str(tmp_path / "out.json")])
-    said = capsys.readouterr().out
-    figures = json.loads((tmp_path / "out.json").read_text())["prior"]
+    output = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out.json").read_text())["prior"]
     model, _ = checkpoint.load_model(run / "best.pt")
     prior, contents = checkpoint.load_prior(run / "prior.pt", run / "best.pt")
     classifier, _ = checkpoint.load_classifier(checkpoint.CLASSIFIER)
     train_set, test_set = data.load("MNIST-10k", "MNIST")
-    assert figures["nats_per_code"] == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
-    assert figures["bits_per_pixel"] == pytest.approx(contents["test"]["bits_per_pixel"], abs=1e-4)
+    assert metrics["nats_per_code"] == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
+    assert metrics["bits_per_pixel"] == pytest.approx(contents["test"]["bits_per_pixel"], abs=1e-4)
+
+    def accuracy(images, labels):
+        return (classifier(images).argmax(dim=1) == labels).double().mean().item()
 
     generator, labels = torch.Generator().manual_seed(1), torch.arange(10).repeat_interleave(100)
     with torch.no_grad():
-        maps = torch.cat([prior.sample(some, 0.8, generator=generator) for some in labels.split(500)])
-        known = {tuple(row) for row in model.encode(data.to_model_range(train_set.images)).flatten(1).tolist()}
-        drawn = model.decode(maps)
-        right = (classifier(drawn).argmax(dim=1) == labels).double().mean().item()
+        maps = torch.cat([prior.sample(chunk, 0.8, generator=generator) for chunk in labels.split(500)])
+        training_maps = {tuple(row) for row in model.encode(data.to_model_range(train_set.images)).flatten(1).tolist()}
+        samples = model.decode(maps)
+        sample_accuracy = accuracy(samples, labels)
         x = data.to_model_range(test_set.images)
-        again = (classifier(model(x).reconstruction).argmax(dim=1) == test_set.labels).double().mean().item()
-        accuracy = (classifier(x).argmax(dim=1) == test_set.labels).double().mean().item()
-        moved = (classifier.features(drawn).mean(dim=0) - classifier.features(x).mean(dim=0)).square().sum().item()
-    assert figures["samples"]["recognised"] == pytest.approx(right, abs=0.002)
-    assert figures["reconstructions"]["recognised"] == pytest.approx(again, abs=0.002)
-    assert figures["test_set"]["recognised"] == pytest.approx(accuracy, abs=0.002)
-    assert figures["memorised"] == sum(tuple(row) in known for row in maps.flatten(1).tolist()) / 1000
-    assert figures["samples"]["frechet"] > moved > 0                    # the means' part of it
-    assert abs(figures["test_set"]["frechet"]) < 1e-3 < figures["reconstructions"]["frechet"]
-    assert figures["samples"]["frechet"] < figures["random"]["frechet"]
-    assert figures["random"]["recognised"] < 0.2
+        reconstruction_accuracy = accuracy(model(x).reconstruction, test_set.labels)
+        test_accuracy = accuracy(x, test_set.labels)
+        sample_mean, test_mean = (classifier.features(images).mean(dim=0) for images in (samples, x))
+        mean_distance = (sample_mean - test_mean).square().sum().item()
+    assert metrics["samples"]["recognised"] == pytest.approx(sample_accuracy, abs=0.002)
+    assert metrics["reconstructions"]["recognised"] == pytest.approx(reconstruction_accuracy, abs=0.002)
+    assert metrics["test_set"]["recognised"] == pytest.approx(test_accuracy, abs=0.002)
+    assert metrics["memorised"] == sum(tuple(row) in training_maps for row in maps.flatten(1).tolist()) / 1000
+    assert metrics["samples"]["frechet"] > mean_distance > 0                    # the term of the means
+    assert abs(metrics["test_set"]["frechet"]) < 1e-3 < metrics["reconstructions"]["frechet"]
+    assert metrics["samples"]["frechet"] < metrics["random"]["frechet"]
+    assert metrics["random"]["recognised"] < 0.2
 
-    rows = re.findall(r"^(\S.+?) {2,}([\d.]+)%? +(\S+)", said, flags=re.MULTILINE)
-    said = {name: values for name, *values in rows}
-    assert float(said["nats per code"][0]) == round(figures["nats_per_code"], 4)
+    rows = re.findall(r"^(\S.+?) {2,}([\d.]+)%? +(\S+)", output, flags=re.MULTILINE)
+    table = {name: values for name, *values in rows}
+    assert float(table["nats per code"][0]) == round(metrics["nats_per_code"], 4)
     for title, name in (("1,000 samples", "samples"), ("reconstructed test set", "reconstructions"),
                         ("decoded noise", "random"), ("test set", "test_set")):
-        assert float(said[title][0]) == pytest.approx(100 * figures[name]["recognised"], abs=0.0051)
-        assert float(said[title][1]) == pytest.approx(figures[name]["frechet"], abs=0.0051)
+        assert float(table[title][0]) == pytest.approx(100 * metrics[name]["recognised"], abs=0.0051)
+        assert float(table[title][1]) == pytest.approx(metrics[name]["frechet"], abs=0.0051)
 
 
-def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_errors(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "models", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     contents = checkpoint.load("models/run/best.pt")
@@ -200,9 +185,9 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "sub").mkdir()
     checkpoint.save("sub/prior.pt", contents)
     checkpoint.save("wide.pt", {**contents, "dataset": {"name": "MNIST", "shape": [1, 32, 32]}})
-    broken = torch.load("models/run/prior.pt", weights_only=True)
-    broken["model"]["head.bias"][3] = torch.nan
-    torch.save(broken, "broken.pt")
+    nan_prior = torch.load("models/run/prior.pt", weights_only=True)
+    nan_prior["model"]["head.bias"][3] = torch.nan
+    torch.save(nan_prior, "broken.pt")
     before = snapshot(tmp_path)
     model, prior = ["--model", "models/run/best.pt"], ["--input", "prior"]
     for script, arguments, words in (
@@ -224,34 +209,35 @@ def test_bad_input_gets_one_line(folder, tmp_path, monkeypatch, capsys):
             ("evaluate.py", ["--model", "other.pt", "--prior", "models/run/prior.pt"], "another VQ-VAE than other.pt"),
             ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--classifier", "other.pt"],
              "--classifier other.pt: the file is not a checkpoint of a classifier"),
-            ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt is there already"),
+            ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt exists"),
             ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--heads 6 --width 10"),
             ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
-            ("train_prior.py", ["--model", "other.pt", "--shift", "5"], "'5' is not a whole number from 0 to 4"),
-            ("train_prior.py", ["--model", "other.pt", "--width", "1200000000000"], "there is no memory for a prior"),
+            ("train_prior.py", ["--model", "other.pt", "--shift", "5"], "'5' is not an integer from 0 to 4"),
+            ("train_prior.py", ["--model", "other.pt", "--width", "1200000000000"], "no memory for a model"),
             ("train_prior.py", ["--model", "sub/prior.pt", "--overwrite"], "not a checkpoint of a prior"),
             ("train_prior.py", ["--model", "wide.pt"], "--model wide.pt: its images are [1, 32, 32]"),
             ("evaluate.py", [*model, "--prior", "models/run/prior.pt", "--json", "models/run/prior.pt"],
-             "--json models/run/prior.pt: is a file that is to be read"),
+             "--json models/run/prior.pt: is a file that this command reads"),
             ("generate.py", [*model, *prior, "--guidance", "1e39"], "--guidance: '1e39'"),
             ("generate.py", [*model, *prior, "--prior", "broken.pt"], "--prior broken.pt: the checkpoint's"),
             ("train_prior.py", ["--model", "no.pt"], "--model no.pt")):
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as excinfo:
             import_script(script).main([*arguments, *["--dataset", "MNIST-10k"] * (script != "generate.py")])
-        said = capsys.readouterr()
-        assert stopped.value.code == 2 and said.out == "" and said.err.count("\n") == 1 and words in said.err, said.err
+        captured = capsys.readouterr()
+        assert excinfo.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1, captured.err
+        assert words in captured.err, captured.err
     assert snapshot(tmp_path) == before
 
 
-def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, mnist_folder, tmp_path, monkeypatch,
+def test_best_epoch_is_kept_and_a_rising_loss_stops_training(folder, mnist_folder, tmp_path, monkeypatch,
                                                                       capsys):
-    # Of each epoch as it is, and calibrated.
+    # Two losses per epoch: before and after calibration.
     script, losses = import_script("train_prior.py"), iter([3.0, 3.1, 2.4, 2.0, 2.5, 2.6, 2.6, 2.5, 2.1, 2.2, 1.0, 1.0])
     (tmp_path / "models" / "run").mkdir(parents=True)
     shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "nats_per_code", lambda *_: next(losses))
-    monkeypatch.setattr(script.Run, "take_steps", lambda run, *_: setattr(run.progress, "images", 1) or ())
+    monkeypatch.setattr(script.Trainer, "batches", lambda trainer, _: setattr(trainer.state, "images", 1) or ())
     script.main(["--model", "models/run/best.pt", "--dataset", "MNIST", "--data-folder", str(mnist_folder), "--shift",
                  "0", "--width", "12", "--drop-label", "0.3", "--dropout", "0.2"])
     _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")
@@ -263,15 +249,15 @@ def test_lowest_test_loss_is_kept_and_a_rising_one_ends_the_training(folder, mni
     assert "has not fallen for 3 epochs" in capsys.readouterr().out
 
 
-def test_overwrite_replaces_the_prior_and_its_logs_alone(folder, mnist_folder, tmp_path):
+def test_overwrite_replaces_only_the_prior_and_its_logs(folder, mnist_folder, tmp_path):
     for name in ("models", "logs"):
         shutil.copytree(folder / name, tmp_path / name)
     (tmp_path / "logs" / "run" / "events.out.tfevents.1.vqvae.0").write_bytes(b"")
-    done = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL, "--num-epochs", 1, "--seed", 1,
-                      "--dataset", "MNIST", "--data-folder", mnist_folder, "--overwrite", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run_script("train_prior.py", "--model", "models/run/best.pt", *SMALL_FLAGS, "--num-epochs", 1, "--seed", 1,
+                        "--dataset", "MNIST", "--data-folder", mnist_folder, "--overwrite", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert track(tmp_path)["epoch"].tolist() == [1]
     names = [path.name for path in (tmp_path / "logs" / "run").iterdir()]
     assert len(names) == 2 and "events.out.tfevents.1.vqvae.0" in names
-    kept = [(root / "models" / "run" / "best.pt").read_bytes() for root in (folder, tmp_path)]
-    assert kept[0] == kept[1]
+    models = [(root / "models" / "run" / "best.pt").read_bytes() for root in (folder, tmp_path)]
+    assert models[0] == models[1]

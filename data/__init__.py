@@ -1,0 +1,154 @@
+"""Data sets: uint8 images, in memory where they fit, scaled to [-1, 1] on the device a batch at a time.
+
+Letters: N images, B of them in a batch, C channels, H×W pixels.
+"""
+
+import math
+import os
+import signal
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from data import image_folder
+from utils import distributed
+from utils.arguments import DATASETS
+
+BUNDLED = Path(__file__).resolve().parent.parent / "MNIST" / "MNIST-10k.npz"
+BUNDLED_ALL = 10_000
+BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
+FOLDER = DATASETS[-1]           # the data set that is any folder of images
+DIGITS = tuple("0123456789")
+
+
+
+class Images(Dataset):
+    """uint8 images (N, C, H, W) and their int64 labels (N,), in memory. classes: the labels' names."""
+
+    left_out = ()               # paths of the files in an image folder that are no images
+
+    def __init__(self, images, labels, classes=DIGITS):
+        self.images, self.labels, self.classes = images, labels, list(classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, rows):
+        """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of indices."""
+        return self.images[rows], self.labels[rows]
+
+    @property
+    def shape(self):
+        """[C, H, W]"""
+        return list(self.images.shape[1:])
+
+    def to(self, device):
+        """The same on a device, from which worker processes cannot load."""
+        return Images(self.images.to(device), self.labels.to(device), self.classes)
+
+    # The DataLoader calls this with the indices of a batch: one tensor look-up, no Python per image.
+    __getitems__ = __getitem__
+
+
+def batches(dataset, batch_size, generator=None, num_workers=0, pin_memory=False):
+    """A DataLoader of (uint8 images (B, C, H, W), labels (B,)); shuffled by generator, if there is one.
+
+    Of several processes each then has its own shard of the same order.
+    """
+    order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
+    if generator is not None and distributed.world_size() > 1:
+        order = distributed.ShardSampler(order)
+    # Always a generator of its own: without one, each epoch would draw from torch's.
+    return DataLoader(dataset, batch_size, sampler=order, generator=generator or torch.Generator(),
+                      num_workers=num_workers, pin_memory=pin_memory, collate_fn=identity,
+                      worker_init_fn=ignore_signals)
+
+
+def identity(batch):
+    return batch
+
+
+def ignore_signals(_worker):
+    """Ctrl-C in a terminal reaches the workers too, but the script first finishes its step with them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def to_model_range(images, device="cpu"):
+    """uint8 images in [0, 255] → float32 in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def to_unit_range(images):
+    """Images in [-1, 1] → [0, 1], for display."""
+    return ((images + 1) / 2).clamp(0, 1)
+
+
+def grid(images, columns=8, padding=2):
+    """Images (B, C, H, W) in [-1, 1] as one picture (3, ...) in [0, 1], row by row on black; a single one unframed."""
+    images, B = to_unit_range(images), len(images)
+    if B == 1:
+        return images[0].expand(3, -1, -1)
+    columns, rows = min(columns, B), math.ceil(B / columns)
+    cells = F.pad(images, (padding, 0, padding, 0))                   # (B, C, H + padding, W + padding)
+    cells = torch.cat([cells, torch.zeros_like(cells[:1]).expand(rows * columns - B, -1, -1, -1)])
+    picture = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return F.pad(picture, (0, padding, 0, padding)).expand(3, -1, -1)
+
+
+def load(name, folder, shape=None, num_workers=0):
+    """The data set `name`, one of DATASETS, as (training set, test set), each Images or ImageFiles.
+
+    folder: where downloaded sets are kept, created if need be; or an image folder, whose images are brought to the
+    shape [C, H, W] by num_workers processes. Raises ValueError if the name is unknown, or a file is damaged or of
+    another kind, OSError if files cannot be downloaded or read.
+    """
+    if name == "MNIST-10k":
+        return _load_bundled()
+    if name == FOLDER:
+        parts, classes, left_out = image_folder.load(
+            folder, shape, num_workers, generator=torch.Generator(), worker_init_fn=ignore_signals)
+        sets = [part if isinstance(part, image_folder.ImageFiles) else Images(*part, classes) for part in parts]
+        sets[0].left_out = left_out
+        return tuple(sets)
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    from data import downloads  # imports torchvision, which takes seconds and is needed only here
+
+    return tuple(Images(*part, downloads.SOURCES[name].classes) for part in downloads.load(name, Path(folder)))
+
+
+def describe(name, folder, dataset):
+    """What a checkpoint records of the data set, as plain values: name, shape, and what differs from MNIST."""
+    description = {"name": name, "shape": dataset.shape}
+    if dataset.classes != list(DIGITS):
+        description["classes"] = dataset.classes
+    if name == FOLDER:
+        description |= {"folder": os.path.abspath(folder), "images": len(dataset)}
+    return description
+
+
+def are_digits(description):
+    """Whether a data set, by its describe(), holds images of the ten digits as MNIST does."""
+    return description["shape"] == [1, 28, 28] and "classes" not in description
+
+
+def _load_bundled():
+    try:
+        with np.load(BUNDLED) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+            if (images.shape, labels.shape, images.dtype, labels.dtype) != ((BUNDLED_ALL, 28, 28), (BUNDLED_ALL,),
+                                                                            np.uint8, np.uint8):
+                raise ValueError("not these arrays")
+    # What numpy raises for a damaged file, or an intact one of another kind.
+    except (ValueError, TypeError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise ValueError(f"{BUNDLED} is damaged: restore it with git checkout MNIST") from error
+    images, labels = torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
+    return (Images(images[:BUNDLED_TRAIN], labels[:BUNDLED_TRAIN]),
+            Images(images[BUNDLED_TRAIN:], labels[BUNDLED_TRAIN:]))

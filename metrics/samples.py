@@ -1,0 +1,93 @@
+"""How good sampled digits are: recognised by a classifier, near to real ones as a set, and not copied.
+
+Letters: N images, B of them in a batch, h×w codes of one map, F features of the classifier.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from data import to_model_range
+from utils.memory import items_that_fit
+
+
+class Predictions(NamedTuple):
+    """What the classifier makes of N images, on the CPU."""
+
+    digits: torch.Tensor        # (N,) int64, the most probable one
+    features: torch.Tensor      # (N, F), the inputs of its last layer
+
+
+@torch.no_grad()
+def classify(classifier, batches, bar):
+    """Predictions for an iterable of images (B, 1, H, W) in [-1, 1]. bar is advanced by update(n)."""
+    digits, features = [], []
+    for x in batches:
+        features.append(classifier.features(x))
+        digits.append(classifier.head(features[-1]).argmax(dim=1))
+        bar.update(len(x))
+    return Predictions(torch.cat(digits).cpu(), torch.cat(features).cpu())
+
+
+def balanced_labels(num_classes, count):
+    """count labels in order, equally many of each class: of ten classes and a hundred, ten times ten."""
+    return torch.arange(count) * num_classes // count
+
+
+def real_batches(images, device):
+    """uint8 images (N, 1, H, W) in [-1, 1], a batch at a time."""
+    batch_size = items_that_fit(pixels=math.prod(images.shape[2:]))
+    return (to_model_range(batch, device) for batch in images.split(batch_size))
+
+
+def decode_batches(model, maps, device):
+    """The images of code maps (N, h, w), a batch at a time."""
+    batch_size = items_that_fit(pixels=math.prod(model.image_size(*maps.shape[1:])))
+    return (model.decode(batch.to(device)) for batch in maps.split(batch_size))
+
+
+@torch.no_grad()
+def sample_maps(prior, labels, sampling, generator, device, bar=None):
+    """A code map for each of labels (N,), on the CPU: (N, h, w).
+
+    sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
+    """
+    maps = []
+    for batch in labels.split(items_that_fit(scores=prior.height * prior.width * prior.num_codes)):
+        maps.append(prior.sample(batch.to(device), **sampling, generator=generator).cpu())
+        if bar is not None:
+            bar.update(len(batch))
+    return torch.cat(maps)
+
+
+@torch.no_grad()
+def noise_maps(model, count, height, width, generator, device):
+    """The codes nearest to Gaussian noise, as the published sampling draws them, on the CPU: (count, h, w)."""
+    z = torch.randn(count, model.quantizer.dim, height, width, generator=generator)
+    batch_size = items_that_fit(pixels=math.prod(model.image_size(height, width)))
+    return torch.cat([model.quantizer(batch.to(device)).indices.cpu() for batch in z.split(batch_size)])
+
+
+def frechet_distance(one, other):
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two sets of features (N, F), (M, F), as Gaussians, in float64.
+
+    Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …", there with Inception's features. The trace of
+    the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are real and not negative but for rounding.
+    Raises ValueError if a feature is not finite, or a set has a single image.
+    """
+    if min(len(one), len(other)) < 2:
+        raise ValueError("a single image has no distribution: the Fréchet distance takes two and more")
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise ValueError("some of the classifier's features are not finite: it or the model is damaged")
+    one, other = one.double(), other.double()
+    difference = one.mean(dim=0) - other.mean(dim=0)
+    covariances = [torch.cov(features.T) for features in (one, other)]
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    return (difference.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+
+
+def memorised_share(maps, training_maps):
+    """The share of maps (N, h, w) that are, code for code, among training_maps (M, h, w)."""
+    known = {row.tobytes() for row in training_maps.flatten(1).numpy()}
+    return sum(row.tobytes() in known for row in maps.flatten(1).numpy()) / len(maps)

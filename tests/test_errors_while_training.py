@@ -1,0 +1,293 @@
+"""Errors during training: full disk, removed folder, second run on the same folder, non-finite losses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+from helpers import build_trainer, drop_capabilities, expect_usage_error, run_script, snapshot, start_script, wait_for
+
+import checkpoint
+from modules import VectorQuantizedVAE
+from utils import files, interruptions
+
+RUN = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epochs", "4", "--hidden-size", "8", "--k",
+       "32", "--lr", "1e-3", "--save-every", "3")
+RESUME = ("VQ-VAE.py", "--resume", "--output-folder", "run")
+LAST = "models/run/last.pt"
+
+
+def assert_checkpoints_readable(folder):
+    """Every checkpoint loads, and no temporary file is left."""
+    for path in (folder / "models").rglob("*.pt"):
+        assert torch.load(path, weights_only=True)["model"]
+    assert not list(folder.rglob(f"*{files.TEMPORARY}"))
+
+
+def assert_one_line_error(result, *words):
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def test_out_of_memory_error_names_the_batch_size():
+    with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), \
+            interruptions.explain_errors(600):
+        torch.empty(2**58)
+    with pytest.raises(RuntimeError, match="must match the size"), interruptions.explain_errors(600):
+        torch.zeros(2) + torch.zeros(3)         # a bug is not hidden
+
+
+# ---------------------------------------------------------------- disks
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function mount(size in kB) → a folder with a tmpfs of that size."""
+    mounted = []
+
+    def mount(size, access="rw"):
+        folder = tmp_path / f"disk-{size}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k,{access}", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a file system needs Linux and root")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_ends_the_run_and_the_saved_state_resumes(disk, mnist_folder):
+    """Each size fills up at a different file: the first files, a checkpoint, the logs, the projector."""
+    outcomes, command = set(), (*RUN, "--data-folder", mnist_folder)
+    for size in (12, 260, 420, 700, 1600):
+        folder = disk(size)
+        result = run_script(*command, cwd=folder)
+        if result.returncode == 0:
+            outcomes.add("enough")
+            continue
+        assert_one_line_error(result, "No space left on device")
+        assert_checkpoints_readable(folder)
+        last = folder / LAST
+        if last.is_file():
+            outcomes.add("saved")
+            assert f"{LAST} is intact, resume with: python3 VQ-VAE.py --resume --output-folder run" in result.stderr
+            subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
+            step = torch.load(last, weights_only=True)["step"]
+            resumed = run_script(*RESUME, cwd=folder)
+            assert resumed.returncode == 0 and f"from step {step} on" in resumed.stdout, resumed.stderr
+        else:
+            outcomes.add("nothing saved")
+            assert "nothing had been saved" in result.stderr and "resume with" not in result.stderr
+    assert outcomes == {"enough", "saved", "nothing saved"}
+
+
+def limit_file_size():
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+
+def test_file_size_limit_ends_the_run_with_a_one_line_error(tmp_path, mnist_folder):
+    """The same where nothing can be mounted: files are limited to 64 kB, and the first checkpoint is larger."""
+    pytest.importorskip("resource", reason="no limits on this system")
+    result = run_script(*RUN, "--k", "512", "--data-folder", mnist_folder, cwd=tmp_path, prepare=limit_file_size)
+    assert_one_line_error(result, "File too large", "nothing had been saved")
+    assert_checkpoints_readable(tmp_path)
+
+
+def test_full_disk_errors_of_the_other_scripts(disk, trained, mnist_folder):
+    folder, model = disk(8), trained / "models" / "run" / "best.pt"
+    result = run_script("generate.py", "--model", model, "--input", "random", cwd=folder)
+    assert_one_line_error(result, "--filename random", "No space left on device")
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    with pytest.raises(OSError), open(folder / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(b"0" * 1024)
+    result = run_script("evaluate.py", "--model", model, "--json", "out.json", cwd=folder)
+    assert_one_line_error(result, "--json out.json", "No space left on device")
+    assert snapshot(folder).keys() == {"filler", "generatedImages"}
+
+    folder = disk(400)
+    (folder / "models" / "run").mkdir(parents=True)
+    contents = {"format": 1, "kind": "vqvae", "dataset": {"name": "MNIST", "shape": [1, 28, 28]},
+                "config": {"channels": 1, "hidden_size": 8, "num_codes": 16},
+                "model": VectorQuantizedVAE(1, 8, 16).state_dict()}
+    checkpoint.save(folder / "models" / "run" / "best.pt", contents)
+    result = run_script("train_prior.py", "--model", "models/run/best.pt", "--data-folder", mnist_folder, "--layers", 1,
+                       "--width", 60, "--num-epochs", 1, "--batch-size", 200, "--shift", 0, cwd=folder)
+    assert_one_line_error(result, "No space left on device",
+                          "models/run/prior-last.pt is intact, resume with: python3 train_prior.py ")
+    assert_checkpoints_readable(folder)
+
+
+def test_read_only_disk_is_detected_before_any_work(disk, trained, mnist_folder, monkeypatch, capsys):
+    folder = disk(20000)
+    shutil.copytree(trained / "models", folder / "models")
+    (folder / "prior").mkdir()
+    shutil.copy(trained / "models" / "run" / "best.pt", folder / "prior")
+    before = snapshot(folder)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    monkeypatch.chdir(folder)
+    small_flags = ("--hidden-size", 8, "--data-folder", mnist_folder)
+    for script, arguments, words in (
+            ("VQ-VAE.py", small_flags, "--output-folder vqvae: no permission to write in models"),
+            ("VQ-VAE.py", (*small_flags, "--overwrite", "--output-folder", "run"),
+             "no permission to write in models/run"),
+            ("VQ-VAE.py", ("--resume", "--output-folder", "run", "--num-epochs", 3),
+             "--output-folder run: no permission to write in models/run"),
+            ("train_prior.py", ("--model", "prior/best.pt"), "--model prior/best.pt: no permission to write in prior"),
+            ("generate.py", ("--model", "prior/best.pt", "--input", "random"), "Read-only file system")):
+        assert words in expect_usage_error(script, arguments, capsys)
+        assert snapshot(folder) == before
+    monkeypatch.undo()
+
+
+# ---------------------------------------------------------------- folders removed or locked
+
+@pytest.mark.parametrize("folder", ["logs", "models"])
+def test_removed_folder_ends_the_run_with_a_one_line_error(folder, tmp_path, mnist_folder):
+    process = start_script(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path)
+    wait_for((tmp_path / LAST).is_file, process)
+    os.rename(tmp_path / folder, tmp_path / "elsewhere")
+    process.stderr = process.communicate()[1]
+    if folder == "logs":
+        assert_one_line_error(process, "logs/run: the folder has been removed", f"{LAST} is intact, resume with: ")
+        assert_checkpoints_readable(tmp_path)
+        epoch = torch.load(tmp_path / LAST, weights_only=True)["training"]["progress"]["epoch"]
+        resumed = run_script(*RESUME, "--num-epochs", epoch, cwd=tmp_path)
+        assert resumed.returncode == 0 and (tmp_path / "logs" / "run").is_dir(), resumed.stderr
+    else:
+        assert_one_line_error(process, "models/run/", ": No such file or directory", "nothing had been saved")
+
+
+def lock_folder_after_first_epoch():
+    def lock_folder():
+        while not os.path.exists("models/run/model_1.pt"):
+            time.sleep(0.001)
+        os.chmod("models/run", 0o500)
+
+    drop_capabilities()
+    threading.Thread(target=lock_folder, daemon=True).start()
+
+
+def test_locked_folder_ends_the_run_with_a_one_line_error(tmp_path, mnist_folder):
+    result = run_script(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path,
+                        prepare=lock_folder_after_first_epoch)
+    os.chmod(tmp_path / "models" / "run", 0o700)
+    assert_one_line_error(result, "models/run/", "Permission denied", "is intact, resume with: ")
+    assert torch.load(tmp_path / LAST, weights_only=True)["model"]      # the temporary file cannot be removed there
+
+
+# ---------------------------------------------------------------- two runs at once
+
+def test_second_run_on_a_folder_is_rejected_while_the_first_lives(tmp_path, mnist_folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "run").mkdir(parents=True)
+    process = start_script(*RUN, "--num-epochs", "10000", "--num-workers", 1, "--overwrite", "--data-folder",
+                           mnist_folder, cwd=tmp_path)
+    wait_for((tmp_path / "models" / "run" / "best.pt").is_file, process)
+    process.send_signal(signal.SIGSTOP)         # it keeps its lock and uses no CPU time
+    small_flags = ("--data-folder", mnist_folder, "--num-epochs", 1)
+    for script, *arguments in ((*RUN, *small_flags, "--overwrite"), (*RESUME, *small_flags),
+                               ("train_prior.py", "--model", "models/run/best.pt", *small_flags)):
+        flag = "--model models/run/best.pt" if script == "train_prior.py" else "--output-folder run"
+        assert f"{flag}: another run writes to models/run: wait" in expect_usage_error(script, arguments, capsys)
+    assert process.poll() is None
+    other = run_script(*RUN[:1], "--output-folder", "other", *RUN[3:], *small_flags, cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    process.kill()
+    process.wait()
+    resumed = run_script(*RUN, *small_flags, "--overwrite", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not [path for path in (tmp_path / "models" / "run").iterdir() if path.suffix not in (".pt", ".json", ".txt")]
+
+
+def test_lock_is_released_by_its_holder(tmp_path):
+    for _ in range(2):
+        with files.locked_folder(tmp_path / "a" / "b", "--flag"):
+            assert (tmp_path / "a" / "b").is_dir()
+            with pytest.raises(ValueError, match=r"^--flag: another run"), \
+                    files.locked_folder(tmp_path / "a" / "b", "--flag"):
+                pass
+    assert not list(tmp_path.iterdir())         # empty folders that it created are removed
+
+
+# ---------------------------------------------------------------- losses that are not finite
+
+@pytest.mark.parametrize("script", ["VQ-VAE.py", "train_prior.py"])
+def test_nonfinite_loss_is_named_and_the_good_checkpoint_kept(script, tmp_path, trained, mnist_folder):
+    """A run of one good epoch resumes with a huge learning rate, written into its checkpoint."""
+    folder = tmp_path / "models" / "run"
+    if script == "VQ-VAE.py":
+        start, resume, last = (*RUN, "--num-epochs", 1, "--save-every", 0), RESUME, folder / "last.pt"
+    else:
+        folder.mkdir(parents=True)
+        shutil.copy(trained / "models" / "run" / "best.pt", folder)
+        start = (script, "--model", "models/run/best.pt", "--dataset", "MNIST", "--width", 12, "--layers", 1,
+                 "--num-epochs", 1, "--shift", 0)
+        resume, last = (script, "--resume", "--model", "models/run/best.pt"), folder / "prior-last.pt"
+    result = run_script(*start, "--data-folder", mnist_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    contents = torch.load(last, weights_only=True)
+    contents["training"]["settings"]["lr"] = 1e30
+    checkpoint.save(last, contents)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"}
+    result = run_script(*resume, "--num-epochs", 3, cwd=tmp_path)
+    assert_one_line_error(result, "--lr 1e+30: the ")
+    step = re.search(r"(\w+) loss of step (\d+), in epoch 2, is (nan|inf): try a lower rate; the files saved so far "
+                     "are from before it", result.stderr)
+    assert step and contents["step"] < int(step[2]) <= contents["step"] + 10
+    assert step[1] in (("reconstruction", "codebook", "commitment") if script == "VQ-VAE.py" else ("prior",))
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"} == before
+
+
+def test_nonfinite_weights_are_not_saved(tmp_path, mnist_folder):
+    """The losses of a step are computed before its update, and may still be finite."""
+    _, trainer, _ = build_trainer(tmp_path, "--data-folder", mnist_folder, "--hidden-size", 8)
+    trainer.writer = mock.Mock()
+    trainer.save_checkpoint()
+    before = snapshot(tmp_path)
+    with torch.no_grad():
+        trainer.model.decoder[3].bias[2] = torch.inf
+    with pytest.raises(ValueError, match=r"--lr 0.0002: a weight is not finite after step 0, in epoch 1"):
+        trainer.save_checkpoint()
+    assert snapshot(tmp_path) == before
+
+
+# ---------------------------------------------------------------- invalid --resume
+
+def test_resume_rejects_missing_runs_and_contradicting_settings(tmp_path, trained, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("models", "logs"):
+        shutil.copytree(trained / name, tmp_path / name)
+    model = torch.load(tmp_path / "models" / "run" / "model_1.pt", weights_only=True)
+    (tmp_path / "models" / "weights").mkdir()
+    checkpoint.save(tmp_path / "models" / "weights" / "last.pt", model)
+    before = snapshot(tmp_path)
+    for arguments, words in (
+            (("--output-folder", "no"), "--output-folder no: there is no models/no/last.pt to --resume: start"),
+            (("--output-folder", "run", "--num-epochs", 3, "--lr", "1e-3"), "--lr 0.001 contradicts the run, which has "
+             "--lr 0.004: leave it out; what may change is --num-epochs, --device, --data-folder, --num-workers"),
+            (("--output-folder", "run", "--num-epochs", 3, "--beta", "2"), "--beta 2.0 contradicts"),
+            (("--output-folder", "run", "--num-epochs", 3, "--overwrite"), "not allowed with argument"),
+            (("--output-folder", "run"), "the run ended after epoch 2, ask for more"),
+            (("--output-folder", "run", "--num-epochs", 1), "the run ended after epoch 2, ask for more"),
+            (("--output-folder", "weights"),
+             "--resume models/weights/last.pt: it holds a model, but not what is needed")):
+        assert words in expect_usage_error("VQ-VAE.py", ["--resume", *arguments], capsys)
+        assert snapshot(tmp_path) == before
+    line = expect_usage_error("train_prior.py", ["--resume", "--model", "models/run/best.pt"], capsys)
+    assert "there is no models/run/prior-last.pt to --resume" in line
+    assert snapshot(tmp_path) == before
+    assert json.loads((tmp_path / "models" / "run" / "args.json").read_text())["resume"] is False

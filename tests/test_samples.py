@@ -1,0 +1,115 @@
+"""metrics/samples.py and train_classifier.py, against independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import bundled_digits, import_script, run_script, snapshot
+
+import checkpoint
+import data
+from metrics import samples
+from metrics.classifier import DigitClassifier
+
+pytestmark = pytest.mark.rounding
+
+
+class CountingBar:
+    """A stand-in for tqdm that only counts."""
+
+    def __init__(self):
+        self.n = 0
+
+    def update(self, n):
+        self.n += n
+
+
+def test_frechet_distance_matches_the_symmetric_root_formula():
+    generator = np.random.default_rng(0)
+    features_1 = generator.normal(size=(400, 6)) @ generator.normal(size=(6, 6))
+    features_2 = generator.normal(size=(300, 6)) @ generator.normal(size=(6, 6)) + 2
+    cov_1, cov_2 = np.cov(features_1, rowvar=False), np.cov(features_2, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_1)
+    root = vectors @ np.diag(np.sqrt(values)) @ vectors.T
+    trace_root = np.sqrt(np.linalg.eigvalsh(root @ cov_2 @ root)).sum()       # tr (Σ₁^½ Σ₂ Σ₁^½)^½
+    squared_distance = np.square(features_1.mean(0) - features_2.mean(0)).sum()
+    expected = squared_distance + np.trace(cov_1) + np.trace(cov_2) - 2 * trace_root
+    actual = samples.frechet_distance(torch.from_numpy(features_1), torch.from_numpy(features_2))
+    assert actual == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_identical_and_shifted_sets():
+    features = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    features[:, 3] = 0                                                       # a feature that never fires
+    assert abs(samples.frechet_distance(features, features)) < 1e-4
+    assert samples.frechet_distance(features, features + 3) == pytest.approx(8 * 9, rel=1e-4)
+
+
+def test_memorised_share_counts_maps_in_the_training_set():
+    training = torch.randint(512, (50, 7, 7), generator=torch.Generator().manual_seed(0))
+    maps = training[[3, 3, 8, 9]].clone()
+    maps[3, 6, 6] = (maps[3, 6, 6] + 1) % 512
+    assert samples.memorised_share(maps, training) == 0.75
+    assert samples.memorised_share(maps[3:], training) == 0
+
+
+def test_classify_matches_the_classifier():
+    torch.manual_seed(0)
+    classifier, bar = DigitClassifier().eval(), CountingBar()
+    images = torch.from_numpy(bundled_digits()[0][:1200]).unsqueeze(1)
+    predictions = samples.classify(classifier, samples.real_batches(images, "cpu"), bar)
+    with torch.no_grad():
+        x = images[700:720].double().div(127.5).sub(1).float()
+        assert torch.allclose(predictions.features[700:720], classifier.features(x), atol=1e-5)
+        assert torch.equal(predictions.digits[700:720], classifier(x).argmax(dim=1))
+    assert bar.n == 1200 == len(predictions.digits) == len(predictions.features)
+
+
+def test_augmented_digits_stay_near_their_originals():
+    """Small rotations, scales and shifts: closer to the same digit than to most other images."""
+    torch.manual_seed(0)
+    script = import_script("train_classifier.py")
+    x = data.to_model_range(torch.from_numpy(bundled_digits()[0][:100]).unsqueeze(1))
+    augmented = script.augment(x)
+    assert augmented.shape == x.shape and augmented.min() >= -1 and augmented.max() <= 1
+    assert (augmented - x).abs().amax(dim=(1, 2, 3)).min() > 0.1              # none is unchanged
+    distances = torch.cdist(augmented.flatten(1), x.flatten(1))              # (100, 100)
+    assert (distances.argsort(dim=1).argsort(dim=1).diagonal() < 10).float().mean() > 0.8
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(mnist_folder, tmp_path_factory):
+    """A folder with a classifier trained on few digits. Read-only."""
+    classifier_folder = tmp_path_factory.mktemp("classifier")
+    result = run_script("train_classifier.py", "--data-folder", mnist_folder, "--num-epochs", 8, "--batch-size", 32,
+                        "--output", "new/judge", cwd=classifier_folder)
+    assert result.returncode == 0, result.stderr
+    (classifier_folder / "stdout.txt").write_text(result.stdout)
+    return classifier_folder
+
+
+def test_classifier_reaches_its_reported_accuracy(classifier_folder):
+    path = classifier_folder / "models" / "new" / "judge.pt"
+    classifier, contents = checkpoint.load_classifier(path)
+    images, labels = (torch.from_numpy(array[600:800]) for array in bundled_digits())
+    with torch.no_grad():
+        accuracy = (classifier(data.to_model_range(images.unsqueeze(1))).argmax(dim=1) == labels).double().mean().item()
+    assert accuracy == pytest.approx(contents["test"]["accuracy"], abs=0.0101)   # one or two may differ by rounding
+    assert accuracy > 0.9
+    stdout = (classifier_folder / "stdout.txt").read_text()
+    assert f"{contents['test']['accuracy']:.2%}" in stdout and "models/new/judge.pt" in stdout
+
+
+def test_existing_classifier_is_kept_and_bad_input_is_rejected(classifier_folder, monkeypatch, capsys):
+    monkeypatch.chdir(classifier_folder)
+    before = snapshot(classifier_folder)
+    for arguments, words in ((["--output", "new/judge"], "--output new/judge: models/new/judge.pt exists"),
+                             (["--output", "../judge"], "--output: '../judge'"),
+                             (["--output", "new/judge.pt/deeper"], "models/new/judge.pt is in the way"),
+                             (["--batch-size", "1"], "--batch-size: '1' is not an integer from 2 on"),
+                             (["--lr", "0"], "--lr: '0'")):
+        with pytest.raises(SystemExit) as excinfo:
+            import_script("train_classifier.py").main([*arguments, "--dataset", "MNIST-10k"])
+        captured = capsys.readouterr()
+        assert excinfo.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1, captured.err
+        assert words in captured.err, captured.err
+    assert snapshot(classifier_folder) == before

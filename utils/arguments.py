@@ -1,0 +1,97 @@
+"""Types for add_argument(), whose errors say in one line what is wrong with a value. Imports no torch."""
+
+import argparse
+import difflib
+import math
+import re
+from pathlib import Path
+
+DEVICES = "cpu, cuda, cuda:N, mps (an Apple GPU), or auto for the best that is there"
+# The names that data.load() takes; folder is any folder of images.
+DATASETS = ("MNIST-10k", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-byclass", "EMNIST-bymerge",
+            "EMNIST-balanced", "EMNIST-letters", "EMNIST-digits", "EMNIST-mnist", "CIFAR10", "SVHN", "folder")
+# Sets of digits like MNIST's, on which the classifier can be trained.
+DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
+
+
+def integer(minimum, maximum=2**63 - 1):
+    """A type for integers from minimum to maximum."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            bound = f"from {minimum} on" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer {bound}")
+        return value
+    return convert
+
+
+def number(above=None, minimum=None, below=math.inf):
+    """A type for finite numbers, above one bound or from one bound on, and below a third."""
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (above is not None and value <= above) \
+                or (minimum is not None and value < minimum) or value >= below:
+            bound = f"above {above}" if above is not None else f"from {minimum} on"
+            bound += f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+    return convert
+
+
+def multiple_of(factor, minimum, maximum):
+    """A type for multiples of an integer, from minimum to maximum."""
+    def convert(text):
+        value = integer(minimum, maximum)(text)
+        if value % factor:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {factor}")
+        return value
+    return convert
+
+
+def one_of(*names):
+    """A type for one of these names, in upper or lower case."""
+    def convert(text):
+        for name in names:
+            if text.lower() == name.lower():
+                return name
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: {did_you_mean(text, names)}"
+                                         f"choose from {', '.join(names)}")
+    return convert
+
+
+def did_you_mean(text, names):
+    """A suggestion of the name closest to the text, to begin a message with; empty if none is close."""
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(text.lower(), lower, n=1)
+    return f"did you mean {lower[close[0]]}? " if close else ""
+
+
+def name_inside(folder):
+    """A type for names and relative paths inside a folder."""
+    def convert(text):
+        path = Path(text)
+        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
+            raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
+                                             "give one without a leading / and without ..")
+        return str(path)
+    return convert
+
+
+def file_name(text):
+    """A type for paths of files: any text but the empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the path of a file")
+    return text
+
+
+def device(text):
+    """A type for names of devices. inputs.find_device() checks whether this machine has the device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from auto, cpu, mps, cuda, cuda:0, cuda:1, …")
+    return text

@@ -1,0 +1,219 @@
+"""What the scripts share: flags, and bad input answered in one line with exit status 2.
+
+Imports no torch, so that --help and a mistyped flag are answered at once.
+"""
+
+import argparse
+import signal
+import sys
+from contextlib import contextmanager
+
+from utils import arguments, interrupt
+
+MAX_MESSAGE = 2000          # characters; text from a damaged file can be of any length
+RUN_NAME_ARGUMENTS = ("help", "output_folder", "model", "resume", "overwrite")
+# May be given anew with --resume: they do not change what a step learns.
+CHANGEABLE_ARGUMENTS = ("num_epochs", "device", "data_folder", "num_workers", "save_every", "compile")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose every error is one line on stderr, with exit status 2.
+
+    check(parser, args) is called with the parsed arguments, to hold them against each other.
+    """
+
+    def __init__(self, check=None, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.check = check
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            hint = arguments.did_you_mean(flag, self._option_string_actions) or "--help lists the flags"
+            self.error(f"{flag} is unknown: {hint.strip()}")
+        if self.check and namespace is None:
+            self.check(self, parsed)
+        return parsed
+
+    def error(self, message, report=None):
+        """End with status 2 and the message in one line.
+
+        report: whether this process prints it. Before the process group is formed, when all processes have the same
+        command line, the first one of each machine does.
+        """
+        if report is None:
+            report = interrupt.reports()
+        line = " ".join(message.split())
+        line = line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
+        self.exit(2, f"{self.prog}: error: {line}\n" if report else None)
+
+    def check_unused(self, args, names, reason):
+        """End with an error if one of the named arguments was given, but would have no effect."""
+        for name in names:
+            value = getattr(args, name)
+            if value != self.get_default(name):
+                self.error(f"{flag_name(name)}{'' if value is True else f' {value}'}: {reason}")
+
+    def resumed_arguments(self, args, argv, saved):
+        """The arguments of a resumed run: those in its checkpoint, but for changeable ones that are given anew.
+
+        Raises ValueError if one given contradicts the run, or the checkpoint has an invalid value for one.
+        """
+        match saved.get("training"):
+            case {"settings": dict() as settings}:
+                pass
+            case _:
+                raise ValueError("it holds a model, but not what is needed to resume its training")
+        not_given = object()
+        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), not_given))))
+        for action in self._actions:
+            name, flag = action.dest, action.option_strings[0]
+            if name in RUN_NAME_ARGUMENTS or (name in CHANGEABLE_ARGUMENTS and given[name] != not_given):
+                continue
+            if settings.get(name) is None:
+                if given[name] not in (not_given, None):
+                    raise ValueError(f"{flag} {given[name]} contradicts the run, which was started without {flag}")
+                continue
+            if not isinstance(settings[name], bool if action.nargs == 0 else int | float | str):
+                raise ValueError(f"the run's {flag} is neither a number nor a string: the file is damaged")
+            try:
+                value = settings[name] if action.nargs == 0 else (action.type or str)(str(settings[name]))
+                self._check_value(action, value)        # argparse's own, of choices
+            except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"the run's {flag}: {error}") from error
+            if given[name] not in (not_given, value):
+                free = ", ".join(flag_name(name) for name in CHANGEABLE_ARGUMENTS if hasattr(args, name))
+                raise ValueError(f"{flag} {given[name]} contradicts the run, which has {flag} {value}: leave it out; "
+                                 f"what may change is {free}")
+            setattr(args, name, value)
+        return args
+
+    @contextmanager
+    def bad_input_in_one_line(self):
+        """The one place where an error raised about bad input becomes a message."""
+        from utils import distributed  # imports torch, as the script has by now
+
+        with interrupt.as_exception():
+            try:
+                yield
+                if sys.stdout:          # not closed
+                    sys.stdout.flush()
+            except (OSError, ValueError) as error:
+                self.error(describe_error(error), distributed.should_report_error())
+            except RuntimeError as error:
+                if not distributed.is_peer_failure(error):
+                    raise
+                self.error(distributed.describe_peer_failure(error), distributed.should_report_error())
+            except KeyboardInterrupt:
+                former = signal.signal(signal.SIGINT, signal.SIG_IGN)           # a second one is too late
+                try:
+                    kill_workers()
+                    self.exit(130, f"\n{self.prog}: interrupted\n" if distributed.should_report_error() else None)
+                finally:
+                    signal.signal(signal.SIGINT, former)
+            finally:
+                kill_workers()
+
+
+def kill_workers():
+    """Kill the worker processes of DataLoaders, if an error has left any: they ignore SIGTERM."""
+    import multiprocessing
+
+    children = [child for child in multiprocessing.active_children() if child.daemon]       # as torch starts them
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their death
+    for child in children:
+        child.kill()
+
+
+def describe_error(error):
+    """An error's message, without the error number and quotes of a system error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error)
+    if " in DataLoader worker process " in text:        # the worker's own error is the last line of its traceback
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+@contextmanager
+def errors_name_flag(flag, value):
+    """Begin the message of an error raised inside with the flag and its value."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {value}: {describe_error(error).removeprefix(f'{value}: ')}") from error
+
+
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------- training
+
+def add_speed_arguments(group):
+    """The flags of both training scripts that make a step faster."""
+    group.add_argument("--amp", action="store_true",
+                       help="take products and convolutions in bfloat16 if that is faster on this device, which is "
+                            "measured and printed first (default: float32)")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the step with torch.compile: takes up to half a minute at the start "
+                            "(default: not compiled)")
+
+
+def add_run_arguments(group, what):
+    """The flags of both training scripts for saving and resuming. what: that --overwrite replaces."""
+    group.add_argument("--save-every", type=arguments.integer(0), default=0, metavar="STEPS",
+                       help="also save the training every so many steps; 0 means only at the end of each epoch "
+                            "(default: %(default)s)")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true",
+                        help="continue an interrupted training, exactly where it was last saved "
+                             "(default: start anew)")
+    either.add_argument("--overwrite", action="store_true",
+                        help=f"replace {what} (default: leave it unchanged and stop)")
+
+
+# ---------------------------------------------------------------- a trained model and its test set
+
+def add_model_arguments(parser):
+    """The flags of every script that takes a trained model."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--model", type=arguments.file_name, metavar="PATH",
+                        help="checkpoint of VQ-VAE.py, or a state_dict of the published network "
+                             "(default: the shipped model, pretrained/vqvae.pt)")
+    parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
+                        help=f"{arguments.DEVICES} {shown}")
+    parser.add_argument("--dataset", type=arguments.one_of(*arguments.DATASETS), metavar="NAME",
+                        help=f"{', '.join(arguments.DATASETS)} (default: the one that the model was trained on)")
+    parser.add_argument("--data-folder", metavar="PATH",
+                        help="where the data set is, or is downloaded to once "
+                             "(default: that of the model's own image folder, MNIST for the others)")
+    parser.add_argument("--num-workers", type=arguments.integer(0, 256), default=0, metavar="N",
+                        help=f"processes that read an image folder {shown}")
+    parser.add_argument("--hidden-size", type=arguments.integer(1), metavar="D",
+                        help="size of a latent vector (default: read from the model's file)")
+    parser.add_argument("--k", type=arguments.integer(1), metavar="K",
+                        help="number of codes (default: read from the model's file)")
+
+
+def add_sampling_arguments(parser, without):
+    """The flags of every script that samples from a prior. without: what happens without --prior."""
+    shown = "(default: %(default)s)"
+    parser.add_argument("--prior", type=arguments.file_name, metavar="PATH",
+                        help=f"checkpoint of train_prior.py (default: {without})")
+    parser.add_argument("--temperature", type=arguments.number(minimum=0.01, below=100), default=1.0, metavar="T",
+                        help=f"below 1, probable codes become more probable {shown}")
+    parser.add_argument("--top-k", type=arguments.integer(1), metavar="N",
+                        help="sample only from the N most probable codes (default: from all)")
+    parser.add_argument("--guidance", type=arguments.number(minimum=0, below=100), default=1.0, metavar="G",
+                        help=f"above 1, the class weighs more; 0 ignores it; 1 is the prior itself {shown}")
+
+
+SAMPLING_ARGUMENTS = ("prior", "temperature", "top_k", "guidance")
+
+
+def sampling_arguments(args):
+    """The arguments of CodePrior.sample() that add_sampling_arguments() reads."""
+    return {name: getattr(args, name) for name in SAMPLING_ARGUMENTS[1:]}

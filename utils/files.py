@@ -1,0 +1,108 @@
+"""Files that are written atomically, and folders that a run locks."""
+
+import errno
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:         # Windows, where no lock on a folder is released when its process dies
+    fcntl = None
+
+TEMPORARY = ".unfinished"
+
+_locked = set()             # descriptors of the folders that this process has locked
+if fcntl:                   # a worker process of a DataLoader must not keep them locked when this one is killed
+    os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _locked])
+
+
+def write_atomically(path, data):
+    """Write bytes so that path always holds the old file or the new one, never a part of one.
+
+    They go to a temporary file beside it, which is flushed to the disk, then renamed. Raises OSError if that fails;
+    path is then unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None           # not the temporary name
+        raise
+
+
+def remove_temporary_files(folder):
+    """Remove the temporary files that killed processes left in a folder."""
+    for path in folder.glob(f".*.[0-9]*{TEMPORARY}"):
+        path.unlink()
+
+
+@contextmanager
+def created_folder(folder):
+    """Create a folder and its parents. Those created are removed again at the end if they are empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+@contextmanager
+def locked_folder(folder, flag):
+    """Lock a folder, created if need be, for this process alone. The system unlocks it however the process ends.
+
+    Raises ValueError, which starts with the flag that named the folder, if another process has locked it.
+    """
+    with created_folder(folder):
+        if not fcntl:
+            yield
+            return
+        held = os.open(folder, os.O_RDONLY)
+        _locked.add(held)
+        try:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(held), os.stat(folder))      # not one that was just removed
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
+                    raise
+                free = False
+            if not free:
+                raise ValueError(f"{flag}: another run writes to {folder}: wait until it has ended, or stop it")
+            yield
+        finally:
+            _locked.discard(held)
+            os.close(held)
+
+
+def check_unused_folders(folders, overwrite):
+    """Raise ValueError if the folders hold a run, OSError if they could not be created. Touches nothing."""
+    for folder in folders:
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+            raise ValueError(f"{folder} holds a run already: choose another name, replace it with --overwrite, "
+                             "or continue one that was interrupted with --resume")
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is not a folder")
+        if not os.access(existing, os.W_OK):
+            raise PermissionError(f"no permission to write in {existing}")
+
+
+def check_writable(path):
+    """Raise ValueError if no file could be written to path, whose folders may have to be created. Touches nothing."""
+    # A folder such as "." or "/" has no parents.
+    folder = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
+    if path.is_dir() or not folder.is_dir():
+        raise ValueError(f"{folder} is in the way")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"no permission to write in {folder}")

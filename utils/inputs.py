@@ -1,0 +1,91 @@
+"""Opens what the flags name: the device, the model, its data, the prior."""
+
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data
+from utils import distributed, files
+from utils.cli import errors_name_flag
+
+
+def find_device(name):
+    """The name of a device of this machine; "auto" means the best one. Raises ValueError if it is not there."""
+    if name == "auto":
+        # A run records this choice, so that on another machine it is not resumed on another device unasked.
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: there is no Apple GPU: use --device cpu; a Mac with Apple silicon and "
+                         "a build of torch for it are needed")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: there is no CUDA GPU: use --device cpu, or on Colab choose "
+                         "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return name
+
+
+def open_model(args):
+    """The model that the arguments name, else the shipped one. → model, its checkpoint's contents, its path."""
+    shipped = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
+    path = args.model or shipped
+    with errors_name_flag("--model", path):
+        model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
+    if not args.model and distributed.is_main_process():
+        print(f"No --model given: using the shipped one, {path}", file=sys.stderr)
+    return model, contents, path
+
+
+def open_data(args, contents):
+    """The data set that the arguments name, else the model's own. → its name, training set and test set."""
+    own = contents["dataset"]
+    name = args.dataset or own["name"]
+    folder = args.data_folder or (own.get("folder", "MNIST") if name == own["name"] else "MNIST")
+    return name, *load_data(name, folder, own["shape"], args.num_workers)
+
+
+def load_data(name, folder, shape, num_workers):
+    """data.load(), whose errors name the flags; prints which files of an image folder it leaves out."""
+    downloads = nullcontext() if name == data.FOLDER else distributed.main_process_first()
+    with errors_name_flag(f"--dataset {name} --data-folder", folder), downloads:
+        train_set, test_set = data.load(name, folder, shape, num_workers)
+    left_out = train_set.left_out
+    if left_out and distributed.is_main_process():
+        print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
+              f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
+    return train_set, test_set
+
+
+def open_prior(args, model_path):
+    """The prior that the arguments name, else the one beside the model. → prior, names of its classes, its path."""
+    path = args.prior or str(Path(model_path).with_name("prior.pt"))
+    with errors_name_flag("--prior", path):
+        prior, contents = checkpoint.load_prior(path, model_path, args.device)
+        return prior, contents.get("classes", list(data.DIGITS)), path
+
+
+def check_target(path, kind, overwrite, otherwise=""):
+    """Raise ValueError if a checkpoint of a kind could not be written to path. Touches nothing.
+
+    An existing one is replaced only with --overwrite, and no file of another kind is. otherwise: what else the message
+    suggests.
+    """
+    if path.is_file():
+        if not overwrite:
+            raise ValueError(f"{path} exists: replace it with --overwrite{otherwise}")
+        with errors_name_flag("--overwrite", path):
+            checkpoint.check_kind(path, kind)
+    files.check_writable(path)
+
+
+@contextmanager
+def memory_for(flags):
+    """Turn torch's error for lack of memory into a ValueError that names the flags."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"{flags}: no memory for a model of this size, choose smaller ones") from error

@@ -1,0 +1,57 @@
+"""What ends a training early: signals, noticed after the step under way, and errors of the system."""
+
+import signal
+from contextlib import contextmanager
+
+import torch
+
+from utils import distributed
+from utils.cli import describe_error
+
+
+class StopSignals:
+    """Inside, SIGINT and SIGTERM only set `received`, to the first one's number.
+
+    Any of several processes may receive one, and all have to stop after the same step.
+    """
+
+    def __enter__(self):
+        self.received = None
+        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def agreed(self):
+        """The signal that any of the processes has received, the same in all of them; or None."""
+        if number := distributed.all_reduce_max(self.received or 0):
+            self.received = number
+        return number or None
+
+    def _receive(self, number, _frame):
+        self.received = self.received or number
+
+
+@contextmanager
+def explain_errors(batch_size, files=None):
+    """Turn an error of the system inside into a ValueError that says what is saved, and how to resume.
+
+    files: the RunFiles, once the training writes them.
+    """
+    def stopped(why):
+        saved = (f"{files.last} is intact, resume with: {files.resume_command}" if files and files.last.is_file() else
+                 "nothing had been saved")
+        return ValueError(f"{why}; the training has stopped, {saved}")
+
+    try:
+        yield
+    except OSError as error:
+        raise stopped(describe_error(error)) from error
+    except RuntimeError as error:       # torch's way to say that memory is short, and much else
+        if distributed.is_peer_failure(error):
+            raise stopped(distributed.describe_peer_failure(error)) from error
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error

@@ -1,0 +1,212 @@
+"""What a run logs: its text track, and everything in TensorBoard.
+
+Letters: B images, C channels, H×W pixels, h×w latents, K codes.
+"""
+
+import errno
+import io
+import shutil
+import threading
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+
+from data import grid, to_unit_range
+from metrics import perplexity
+from modules import Losses
+from utils.files import remove_temporary_files, write_atomically
+from utils.memory import items_that_fit
+
+TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
+TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
+                 "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
+PRIOR_SUFFIX = ".prior"         # of the event files of train_prior.py
+LOGGED_BY_STEP = ("loss/train/", "lr")      # tags; all others are logged by epoch
+# Tags that are logged once: at the end of a run, or when its file is opened.
+LOGGED_ONCE = ("final/", "_hparams_/", CONFIG_SUMMARY_TAG)
+EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
+GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
+# Charts of several curves each. A folder has one layout, and may hold the logs of a VQ-VAE and of its prior.
+CHARTS = {
+    "losses": {f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
+               for split, title in (("train", "training"), ("test", "test"))},
+    "prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]},
+}
+
+
+def remove_logs(folder, suffix=""):
+    """Remove the logs of a former run from logs/NAME, with PRIOR_SUFFIX those of a prior alone. Other files stay."""
+    remove_temporary_files(folder)
+    for path in event_files(folder, suffix):
+        path.unlink()
+    if not suffix:
+        remove_logs(folder, PRIOR_SUFFIX)
+        remove_projector(folder)
+
+
+def event_files(folder, suffix=""):
+    """The event files of a VQ-VAE's run, or with PRIOR_SUFFIX of a prior's, oldest first."""
+    return [path for path in sorted(folder.glob("events.out.tfevents.*"))
+            if path.name.endswith(PRIOR_SUFFIX) == bool(suffix)]
+
+
+def remove_projector(folder):
+    (folder / "projector_config.pbtxt").unlink(missing_ok=True)
+    for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9]/{EMBEDDING_TAG}"):
+        shutil.rmtree(path)
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+def truncate_logs(folder, step, epoch, suffix=""):
+    """Remove what a run logged after a step and an epoch, which it is about to do again.
+
+    SummaryWriter's purge_step knows a single axis, but losses are logged by step and most of the rest by epoch. What is
+    logged at the end of a run is removed too, and what open_writer() writes again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary_files(folder)
+    for path in event_files(folder, suffix):
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            tags = [value.tag for value in event.summary.value]
+            last = step if any(tag.startswith(LOGGED_BY_STEP) for tag in tags) else epoch
+            if event.step <= last and not any(tag.startswith(LOGGED_ONCE) for tag in tags):
+                records.write(record)
+        write_atomically(path, buffer.getbuffer())
+    if not suffix:
+        remove_projector(folder)
+
+
+@contextmanager
+def open_writer(folder, suffix=""):
+    """A SummaryWriter for a folder, with the layout of CHARTS written.
+
+    An OSError of its writing thread is raised where it is used next, and is not printed by the thread too.
+    """
+    def print_others(failed, former=threading.excepthook):
+        if not issubclass(failed.exc_type, OSError):
+            former(failed)
+
+    former, threading.excepthook = threading.excepthook, print_others
+    try:
+        writer = SummaryWriter(folder, filename_suffix=suffix)
+        try:
+            writer.add_custom_scalars(CHARTS)
+            yield writer
+        except BaseException:
+            with suppress(OSError):
+                writer.close()
+            raise
+        writer.close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            error.filename = error.filename or str(folder)
+        raise
+    finally:
+        threading.excepthook = former
+
+
+def check_folder_exists(writer):
+    """Raise FileNotFoundError if a writer's folder has been removed: it would write to a deleted file in silence."""
+    if not Path(writer.log_dir).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder has been removed", str(writer.log_dir))
+
+
+# ---------------------------------------------------------------- the text track
+
+def track_line(*values):
+    """One value for each of TRACK_COLUMNS, under its name."""
+    formats = ("d", "d", *6 * (".5f",), ".1f", "d", "d", ".1f")
+    return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
+
+
+def write_track(path, lines):
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+# ---------------------------------------------------------------- TensorBoard
+
+def log_steps(writer, step, tag, losses, lr):
+    """The mean losses of the steps since the last call, by name, and the learning rate of the latest step."""
+    for name, value in losses.items():
+        writer.add_scalar(f"{tag}{name}", value, step)
+    writer.add_scalar("lr", lr, step)
+
+
+def log_epoch(writer, epoch, test_losses, test_counts, train_counts, restarts):
+    """The test losses, how often each of K codes was used on both sets, and how many codes were restarted."""
+    for name, value in test_losses._asdict().items():
+        writer.add_scalar(f"loss/test/{name}", value, epoch)
+    for family, counts in (("codebook", test_counts), ("codebook/train", train_counts)):
+        writer.add_scalar(f"{family}/perplexity", perplexity(counts), epoch)
+        writer.add_scalar(f"{family}/used", (counts > 0).sum(), epoch)
+    writer.add_scalar("codebook/restarts", restarts, epoch)
+    numbers = torch.arange(len(test_counts))
+    writer.add_histogram_raw("codebook/use", min=0, max=len(numbers) - 1, num=test_counts.sum().item(),
+                             sum=(test_counts * numbers).sum().item(),
+                             sum_squares=(test_counts * numbers**2).sum().item(),
+                             bucket_limits=(numbers + 0.5).tolist(), bucket_counts=test_counts.tolist(),
+                             global_step=epoch)
+
+
+@torch.no_grad()
+def log_images(writer, model, images, epoch):
+    """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too.
+
+    Leaves the model in evaluation mode.
+    """
+    model.eval()
+    if epoch == 0:
+        writer.add_image("images/original", grid(images, GRID_COLUMNS, GRID_PADDING), 0)
+        with warnings.catch_warnings():     # the tracer warns of every shape that Python reads
+            warnings.simplefilter("ignore")
+            writer.add_graph(model, images[:1])
+    reconstruction = model(images).reconstruction
+    writer.add_image("images/reconstruction", grid(reconstruction, GRID_COLUMNS, GRID_PADDING), epoch)
+
+
+@torch.no_grad()
+def log_codebook(writer, model, counts, shape, epoch):
+    """The codebook in the embedding projector, each code with its use and the image that it decodes to.
+
+    That image is the decoder's for a map of this code alone. It is square, as the projector needs: of images (C, H, W)
+    the shorter side. Leaves the model in evaluation mode.
+    """
+    model.eval()
+    codebook, (side, _) = model.quantizer.codebook.detach(), model.map_size(min(shape[1:]), min(shape[1:]))
+    indices = torch.arange(len(codebook), device=codebook.device)
+    pictures = [to_unit_range(model.decode(batch.view(-1, 1, 1).expand(-1, side, side))).cpu()
+                for batch in indices.split(items_that_fit(pixels=min(shape[1:])**2))]     # (K, C, side, side) in all
+    writer.add_embedding(codebook.cpu(), metadata=list(enumerate(counts.tolist())), metadata_header=["code", "used"],
+                         label_img=torch.cat(pictures), global_step=epoch, tag=EMBEDDING_TAG)
+
+
+def log_hparams(writer, settings, test_losses, counts):
+    """The run's settings (plain values) and its final test figures, for the HPARAMS tab. Call it last."""
+    final = {"final/mse": test_losses.reconstruction, "final/codebook": test_losses.codebook,
+             "final/commitment": test_losses.commitment, "final/perplexity": perplexity(counts),
+             "final/used": int((counts > 0).sum())}
+    writer.flush()                      # they go to a second file, which readers open after the first one
+    writer.add_hparams(settings, final, run_name=".")
+
+
+def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):
+    """Nats per code on both sets, and the test set's in bits per pixel."""
+    writer.add_scalar("prior/train", train_nats, epoch)
+    writer.add_scalar("prior/test", test_nats, epoch)
+    writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
+
+
+def log_samples(writer, epoch, images):
+    """A grid of sampled images (100, C, H, W)."""
+    writer.add_image("prior/samples", grid(images, columns=10), epoch)

@@ -1,0 +1,168 @@
+"""The state of a training and of all random generators: what a checkpoint needs for an exact resume."""
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from utils import distributed
+
+LOG_EVERY = 10          # steps between two logs, at which the losses are copied from the device
+# Names in the checkpoints of earlier versions.
+FORMER_NAMES = {"pending_losses": "waiting", "code_counts": "counts"}
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Counters, sums and records of a training with L losses a step."""
+
+    order: torch.Tensor             # state of the data order's generator when the current epoch began
+    sums: torch.Tensor              # (L,), sums over the epoch's images, float64
+    pending_losses: torch.Tensor    # (LOG_EVERY, L), of the steps not logged yet, on the device
+    epoch: int = 1                  # the current one
+    batches: int = 0                # steps done in it
+    images: int = 0                 # images seen in it
+    step: int = 0                   # steps since the training began
+    best: float = math.inf          # the lowest test loss
+    best_epoch: int = 0
+    seconds: float = 0.0            # spent in the epoch
+    track: list = field(default_factory=list)           # lines of the text track
+    code_counts: torch.Tensor | None = None             # (K,), how often the epoch's steps chose each code (VQ-VAE)
+    restarts: torch.Tensor | None = None                # the quantizer's count of codes reset in the epoch (VQ-VAE)
+
+    def add_step(self, losses, images):
+        """Count one more step, with its losses (L,) and its number of images."""
+        self.pending_losses[self.batches % LOG_EVERY] = losses
+        self.sums += losses.to(self.sums.device).double() * images
+        self.batches, self.step, self.images = self.batches + 1, self.step + 1, self.images + images
+
+    def losses_since_log(self):
+        """(n, L): the losses of the steps since the last log."""
+        return self.pending_losses[:(self.batches - 1) % LOG_EVERY + 1 if self.batches else 0]
+
+    def mean_losses(self):
+        """The L means over the epoch's images."""
+        return (self.sums / self.images).tolist()
+
+    def next_epoch(self, generator):
+        self.order = generator.get_state()
+        self.epoch, self.batches, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+        for total in (self.sums, self.code_counts, self.restarts):
+            if total is not None:
+                total.zero_()
+
+    def as_dict(self):
+        """Plain values and tensors, as a checkpoint holds them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def load(self, saved, steps_per_epoch):
+        """Take over the values that as_dict() gave. Raises ValueError or KeyError if they do not fit."""
+        for name, own in self.as_dict().items():
+            value = saved[FORMER_NAMES.get(name, name) if name not in saved else name]
+            setattr(self, name, _checked(own, value, name))
+        if (len(self.track) != self.epoch       # before the next line, which would count to any number
+                or [line.split()[0] for line in self.track[1:]] != [str(epoch) for epoch in range(1, self.epoch)]
+                or self.best_epoch >= self.epoch or self.batches > steps_per_epoch
+                or self.step != (self.epoch - 1) * steps_per_epoch + self.batches):
+            raise ValueError(f"step {self.step} is not step {self.batches} of epoch {self.epoch}, "
+                             f"of {steps_per_epoch} steps each")
+
+
+def _checked(own, saved, name):
+    """A saved value, if its type and shape are those of the state's own. Tensors are copied into the state's own."""
+    fits = type(saved) is type(own)
+    if fits and torch.is_tensor(own):
+        fits = saved.shape == own.shape and saved.dtype == own.dtype
+    elif fits and isinstance(own, list):
+        fits = all(isinstance(line, str) for line in saved)
+    elif fits:
+        fits = saved >= 0
+    if not fits:
+        raise ValueError(name)
+    return own.copy_(saved) if torch.is_tensor(own) else saved
+
+
+# ---------------------------------------------------------------- checks of a checkpoint
+
+def check_metadata(expected, saved):
+    """Raise ValueError if a checkpoint's contents are of another model or data set than its settings say.
+
+    To be called before the model is built: a damaged file must not make it arbitrarily large.
+    """
+    for name, value in expected.items():
+        found = saved.get(name)
+        if name == "dataset" and isinstance(value, dict) and isinstance(found, dict) and "folder" in value:
+            if {**found, "folder": None} != {**value, "folder": None}:      # it may have been moved
+                raise ValueError(f"the images in {value['folder']} are not those that the run began with")
+        elif found != value:
+            raise ValueError(f"its {name} is not the one that its settings say: the file is damaged")
+
+
+def check_optimizer(optimizer):
+    """Raise ValueError if an Adam's averages do not fit its parameters. They get the parameters' memory format."""
+    for parameter, state in optimizer.state.items():
+        if len(state) != 3 or state["step"].shape != ():
+            raise ValueError("the optimizer's state")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape or not state[name].isfinite().all():
+                raise ValueError("the optimizer's averages")
+            state[name] = torch.empty_like(parameter).copy_(state[name])
+
+
+def schedule_fits(initial, saved, step):
+    """Whether `saved` can be the state after at most `step` steps of the schedule whose first state is `initial`."""
+    if isinstance(initial, list):
+        return (isinstance(saved, list) and len(initial) == len(saved)
+                and all(schedule_fits(one, other, step) for one, other in zip(initial, saved)))
+    if not isinstance(initial, dict):
+        return type(initial) is type(saved) and initial == saved
+    if not isinstance(saved, dict) or initial.keys() != saved.keys():
+        return False
+    for name, value in initial.items():
+        if name in ("last_epoch", "_step_count"):
+            fits = type(saved[name]) is int and -1 <= saved[name] <= step + 1
+        elif name == "_last_lr":
+            fits = isinstance(saved[name], list) and len(value) == len(saved[name]) and all(
+                type(lr) is float and math.isfinite(lr) for lr in saved[name])
+        else:
+            fits = schedule_fits(value, saved[name], step)
+        if not fits:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- random states
+
+def seed_everything(seed):
+    """Seed every generator that a training may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)        # the range of its seeds
+    torch.manual_seed(seed)
+
+
+def random_states():
+    """The states of every generator that a training may draw from, as plain values and tensors."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    states = {"python": [version, list(numbers), gauss],
+              "numpy": [kind, keys.tolist(), position, has_gauss, cached], "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():         # a training on the CPU must not start CUDA
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states):
+    """Bring every generator back to the state that random_states() recorded. Raises an error if a state is invalid."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    if not 0 <= position <= len(keys):
+        raise ValueError(f"position {position} of {len(keys)}")
+    np.random.set_state((kind, keys, position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_initialized() and distributed.world_size() > 1 and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"][0].cpu())           # of the main process's GPU
+    elif torch.cuda.is_initialized() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

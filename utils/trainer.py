@@ -1,0 +1,334 @@
+"""What makes a training stoppable, resumable, distributed and logged. The training loop itself is in the scripts."""
+
+import copy
+import json
+import math
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from utils import distributed, speed, tensorboard_logs
+from utils.environment import AFFECTS_ROUNDING, environment
+from utils.interruptions import StopSignals, explain_errors
+from utils.train_state import (
+    LOG_EVERY,
+    TrainState,
+    check_optimizer,
+    random_states,
+    restore_random_states,
+    schedule_fits,
+)
+
+MEASURED_IMAGES = 8     # in the steps that --amp measures before a training
+MACHINE_ARGS = "data_folder", "num_workers", "device"       # arguments that may differ from process to process
+ADVICE = "try a lower rate; the files saved so far are from before it"
+
+
+class RunFiles(NamedTuple):
+    """Where a training writes, and the command that resumes it."""
+
+    last: Path                  # the training, after its latest save
+    best: Path                  # the model with the lowest test loss
+    track: Path                 # a text file of one line an epoch
+    logs: Path                  # TensorBoard's folder
+    log_suffix: str             # of its event files
+    resume_command: str
+    every_epoch: str = ""       # the model after each epoch, a path with {} for its number
+
+
+class Trainer:
+    """A training under way: model, optimizer, schedule, data order and state.
+
+    args: the script's arguments; metadata: what its checkpoints hold beside the weights; generator: draws the data's
+    order; num_images: the size of the training set; loss_names: of the losses given to after_step(); step_tag: what
+    their TensorBoard tags begin with, or None if they are logged by epoch alone; patience: after how many epochs
+    without a lower test loss it stops; totals: tensors of TrainState that are summed over an epoch.
+    """
+
+    def __init__(self, args, files, metadata, model, optimizer, schedule, generator, num_images, loss_names,
+                 step_tag=None, patience=math.inf, **totals):
+        self.args, self.files, self.metadata, self.model = args, files, metadata, model
+        self.optimizer, self.schedule, self.generator = optimizer, schedule, generator
+        self.num_images, self.loss_names, self.step_tag, self.patience = num_images, loss_names, step_tag, patience
+        self.writer = self.bar = None
+        self.steps_per_epoch = math.ceil(num_images / args.batch_size)
+        self.bfloat16 = args.amp                                      # until choose_precision()
+        self.environments = [environment(args.device)]                # at the start, and after each change
+        speed.keep_freed_memory()
+        L, sums_device = len(loss_names), "cpu" if args.device == "mps" else args.device      # MPS has no float64
+        self.state = TrainState(
+            order=generator.get_state(), sums=torch.zeros(L, dtype=torch.float64, device=sums_device),
+            pending_losses=torch.zeros(LOG_EVERY, L, device=args.device), **totals)
+
+    # ---------------------------------------------------------------- the loop
+
+    @contextmanager
+    def running(self):
+        """Inside, signals end the training after the step under way, and the TensorBoard writer is open.
+
+        An error of the system becomes a ValueError that says what is saved and how to resume.
+        """
+        writer = tensorboard_logs.open_writer(self.files.logs, self.files.log_suffix)
+        with StopSignals() as self.signals, explain_errors(self.args.batch_size, self.files), \
+                distributed.main_process_only(writer) as self.writer:
+            try:
+                yield
+            finally:
+                if self.bar is not None:
+                    self.bar.close()
+
+    def epochs(self):
+        """The numbers of the epochs to do, an interrupted one first."""
+        state = self.state
+        if not state.step:
+            self.save_checkpoint()
+        self.stop_if_asked()
+        while not self.done():
+            self.epoch_start = time.perf_counter() - state.seconds
+            yield state.epoch
+            state.next_epoch(self.generator)
+            self.save_checkpoint()
+            if not self.done():
+                self.stop_if_asked()
+
+    def batches(self, batches):
+        """The epoch's batches, without those done before a resume, under a progress bar; saves after the last one."""
+        state = self.state
+        with tqdm(total=self.num_images, initial=state.images, desc=f"epoch {state.epoch}/{self.args.num_epochs}",
+                  unit="img", unit_scale=True, leave=False, disable=distributed.hide_progress_bar()) as self.bar:
+            for number, batch in enumerate(batches):
+                if number >= state.batches:
+                    self.lr = self.schedule.get_last_lr()[0]
+                    yield batch
+        self.save_checkpoint()          # before the epoch is tested and logged, which may fail
+
+    def after_step(self, losses, code_counts=None):
+        """Count a step, with its losses and (K,) how often it chose each code. Logs every LOG_EVERY steps, saves every
+        --save-every, and ends the script, saved, if a signal has asked for it.
+        """
+        state = self.state
+        distributed.average_batchnorm_statistics(self.model)
+        images = min(self.args.batch_size, self.num_images - state.images)
+        state.add_step(distributed.all_reduce_mean(torch.stack(tuple(losses)).detach()), images)
+        if code_counts is not None:
+            state.code_counts += distributed.all_reduce_sum(code_counts)
+        self.bar.update(images)
+        if state.batches % LOG_EVERY == 0 or state.batches == self.steps_per_epoch:
+            means = dict(zip(self.loss_names, self.finite_losses().mean(dim=0).tolist()))
+            if self.writer:
+                tensorboard_logs.check_folder_exists(self.writer)
+            if self.writer and self.step_tag:
+                tensorboard_logs.log_steps(self.writer, state.step, self.step_tag, means, self.lr)
+            self.bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
+        state.seconds = time.perf_counter() - self.epoch_start
+        if self.args.save_every and state.step % self.args.save_every == 0:
+            self.save_checkpoint()
+        self.stop_if_asked()
+
+    def save_epoch(self, test_loss, test):
+        """Write the model of the epoch: as the best one if its test loss is, and as one of all if they are kept.
+
+        test: the test figures for the checkpoint, as plain values.
+        """
+        state = self.state
+        better = test_loss < state.best
+        if better:
+            state.best, state.best_epoch = test_loss, state.epoch
+        if distributed.is_main_process():
+            contents = {**self.metadata, "model": self.model.state_dict(), "epoch": state.epoch, "step": state.step,
+                        "test": test}
+            if better:
+                checkpoint.save(self.files.best, contents)
+            if self.files.every_epoch:
+                checkpoint.save(Path(self.files.every_epoch.format(state.epoch)), contents)
+
+    def seconds(self):
+        """Spent in the epoch so far."""
+        return time.perf_counter() - self.epoch_start
+
+    def add_track_line(self, line):
+        """Add a line to the text track, and print it."""
+        self.state.track.append(line)
+        tensorboard_logs.write_track(self.files.track, self.state.track)
+        print(line, flush=True)
+
+    @contextmanager
+    def optional(self, what):
+        """Inside is optional for a training: if memory runs out there, one line says so, and the training continues."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            tqdm.write(f"Not logged in epoch {self.state.epoch}: {what} ({speed.first_line(error)})", file=sys.stderr)
+
+    def done(self):
+        return self.state.epoch > self.args.num_epochs or self.should_stop_early()
+
+    def should_stop_early(self):
+        """Whether the test loss has not fallen for `patience` epochs."""
+        return self.state.epoch - 1 - self.state.best_epoch >= self.patience
+
+    # ---------------------------------------------------------------- faster steps
+
+    def autocast(self):
+        """Inside, products and convolutions are taken in bfloat16 if --amp was found to help."""
+        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.bfloat16)
+
+    def choose_precision(self, compute_loss, batch):
+        """With --amp, find out whether bfloat16 is faster on this device, and print which one the training takes.
+
+        compute_loss(model, *batch) → a loss; batch: tensors, of which a few rows are measured.
+        """
+        if not self.args.amp:
+            return
+        # A copy, so that the model does not change; in evaluation mode, so that SyncBatchNorm waits for no process.
+        model = copy.deepcopy(self.model).eval()
+        rows = min(MEASURED_IMAGES, self.args.batch_size)
+        with explain_errors(self.args.batch_size):
+            chosen, line = speed.choose_bfloat16(lambda: compute_loss(model, *(tensor[:rows] for tensor in batch)),
+                                                 self.args.device)
+        self.bfloat16 = distributed.all_reduce_max(int(chosen and distributed.is_main_process())) == 1
+        print(line)
+
+    def accelerate(self, forward, compile_if=lambda: True):
+        """forward(x, ...), which runs the model on a batch: compiled with --compile, or for several processes.
+
+        The compiled one takes full batches while compile_if() holds. A smaller batch would be compiled again.
+        """
+        if distributed.world_size() > 1:
+            if self.args.compile and distributed.is_main_process():
+                self._say_not_compiled("it is for a single process")
+            return distributed.data_parallel(self.model, forward)
+        if not self.args.compile:
+            return forward
+        compiled = speed.compile_step(forward, self._say_not_compiled)
+
+        def choose(*tensors):
+            is_full = len(tensors[0]) == self.args.batch_size
+            return (compiled if is_full and compile_if() else forward)(*tensors)
+        return choose
+
+    @staticmethod
+    def _say_not_compiled(why):
+        tqdm.write(f"--compile: torch could not ({why}); continuing without torch.compile", file=sys.stderr)
+
+    # ---------------------------------------------------------------- saving and resuming
+
+    def save_checkpoint(self):
+        """Write all that is needed to resume from here. Only the main process writes; an epoch counts when it is over.
+
+        Raises ValueError if a loss or a weight is not finite.
+        """
+        if not distributed.is_main_process():
+            return
+        self.writer.flush()             # what the checkpoint counts as done is in the logs too
+        self.check_finite()
+        schedule = json.loads(json.dumps(self.schedule.state_dict()))         # no shared lists, which load() rejects
+        checkpoint.save(self.files.last, {
+            **self.metadata, "model": self.model.state_dict(), "epoch": self.state.epoch - 1,
+            "step": self.state.step, "training": {
+                "settings": vars(self.args), "progress": self.state.as_dict(), "random": random_states(),
+                "optimizer": self.optimizer.state_dict()["state"], "schedule": schedule,
+                "bfloat16": self.bfloat16, "environments": self.environments}})
+
+    def load_state(self, saved):
+        """Bring a new trainer to where it stood when the checkpoint with these contents was written.
+
+        Raises ValueError if they are incomplete, do not fit, or the training is done.
+        """
+        try:
+            training = saved["training"]
+            self.state.load(training["progress"], self.steps_per_epoch)
+            self.model.load_state_dict(dict(saved["model"]))
+            if not all(isinstance(state, dict) for state in training["optimizer"].values()):
+                raise ValueError("the optimizer's state")       # torch would warn before it fails
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": training["optimizer"], "param_groups": groups})
+            check_optimizer(self.optimizer)
+            self.generator.set_state(self.state.order)
+            restore_random_states(training["random"])
+            self.bfloat16 = bool(training.get("bfloat16", self.args.amp))       # absent in the first versions' files
+            self.environments = [{name: str(one.get(name, "unknown"))[:100] for name in self.environments[0]}
+                                 for one in training.get("environments", [])]
+            same_length = training["settings"]["num_epochs"] == self.args.num_epochs
+        except Exception as error:      # a damaged file makes torch raise whatever it trips over
+            raise ValueError("its training state is damaged or of another version of the code: "
+                             f"{type(error).__name__}: {error}") from error
+        if self.state.epoch > self.args.num_epochs:
+            raise ValueError(f"--num-epochs {self.args.num_epochs}: the run ended after epoch {self.state.epoch - 1}, "
+                             "ask for more")
+        if self.should_stop_early():
+            raise ValueError(f"the training has ended, its test loss had not fallen for {self.patience} epochs")
+        self._restore_schedule(training.get("schedule") if same_length else None)
+
+    def _restore_schedule(self, saved):
+        """Bring the schedule to the present step: from its saved state, or step by step if its length is another."""
+        if saved is not None and schedule_fits(self.schedule.state_dict(), saved, self.state.step):
+            self.schedule.load_state_dict(saved)
+            for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
+                group["lr"] = lr
+            return
+        with warnings.catch_warnings():     # of steps that the optimizer does not take
+            warnings.simplefilter("ignore")
+            for _ in range(self.state.step):
+                self.schedule.step()
+
+    def note_environment(self):
+        """Of a resumed run: record the present environment if it is another one, and print what rounds differently."""
+        now = environment(self.args.device, self.state.step)
+        before = self.environments[-1] if self.environments else dict.fromkeys(now, "unknown")
+        changed = [name for name in AFFECTS_ROUNDING if before[name] not in (now[name], "unknown")]
+        if {**before, "from_step": now["from_step"]} != now:
+            self.environments.append(now)
+        if self.args.amp:
+            print(f"--amp: the run continues in {'bfloat16' if self.bfloat16 else 'float32'}, as it began")
+        if changed:
+            print(f"Resumed with {', '.join(f'{name} {now[name]} (before: {before[name]})' for name in changed)}: "
+                  "the result can differ by rounding from that of an unbroken run.")
+
+    def stop_if_asked(self):
+        """End the script if a signal has arrived in any of the processes: saved, and with the command that resumes."""
+        number = self.signals.agreed()
+        if not number:
+            return
+        if self.state.batches:          # else it has just been saved
+            self.save_checkpoint()
+        if self.bar is not None:
+            self.bar.close()
+        print(f"Stopped by {signal.Signals(number).name} in epoch {self.state.epoch}, after step {self.state.step:,}; "
+              f"{self.files.last} holds all of it. To resume:\n  {self.files.resume_command}")
+        raise SystemExit(128 + number)
+
+    # ---------------------------------------------------------------- checks
+
+    def check_same_everywhere(self, *values):
+        """Raise ValueError unless all processes have the same settings, data and state."""
+        settings = {name: value for name, value in vars(self.args).items() if name not in MACHINE_ARGS}
+        distributed.check_same_everywhere(settings, self.metadata, self.num_images, self.state.step, *values)
+
+    def finite_losses(self):
+        """(n, L), on the CPU: the losses since the last log. Raises ValueError if one is not finite.
+
+        The only host–device synchronisation of the loop.
+        """
+        losses, state = self.state.losses_since_log().cpu(), self.state
+        for step, values in enumerate(losses.tolist(), state.step - len(losses) + 1):
+            for name, value in zip(self.loss_names, values):
+                if not math.isfinite(value):
+                    raise ValueError(f"--lr {self.args.lr:g}: the {name} loss of step {step}, in epoch "
+                                     f"{state.epoch}, is {value}: {ADVICE}")
+        return losses
+
+    def check_finite(self):
+        """Raise ValueError if a loss since the last log, or a weight, is not finite."""
+        self.finite_losses()
+        if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
+            raise ValueError(f"--lr {self.args.lr:g}: a weight is not finite after step {self.state.step}, "
+                             f"in epoch {self.state.epoch}: {ADVICE}")
