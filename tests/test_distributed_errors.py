@@ -23,9 +23,6 @@ from test_resume import assert_same_run
 
 from utils import distributed
 
-pytestmark = pytest.mark.rounding
-
-
 # ---------------------------------------------------------------- a process dies
 
 def test_run_resumes_bit_for_bit_after_a_process_dies(uneven_folder, tmp_path):

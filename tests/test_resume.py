@@ -27,7 +27,7 @@ PRIOR = ("train_prior.py", "--model", "models/run/best.pt", "--batch-size", "20"
 RESUME = {VQVAE: ("VQ-VAE.py", "--resume", "--output-folder", "run"),
           PRIOR: ("train_prior.py", "--resume", "--model", "models/run/best.pt")}
 LAST = {VQVAE: Path("models/run/last.pt"), PRIOR: Path("models/run/prior-last.pt")}
-KILLS = 10
+KILLS = int(os.environ.get("KILLS", 8))
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import data
 from metrics import samples
 from metrics.classifier import DigitClassifier
 
-pytestmark = pytest.mark.rounding
-
 
 class CountingBar:
     """A stand-in for tqdm that only counts."""
@@ -23,6 +21,7 @@ class CountingBar:
         self.n += n
 
 
+@pytest.mark.rounding
 def test_frechet_distance_matches_the_symmetric_root_formula():
     generator = np.random.default_rng(0)
     features_1 = generator.normal(size=(400, 6)) @ generator.normal(size=(6, 6))
@@ -52,6 +51,7 @@ def test_memorised_share_counts_maps_in_the_training_set():
     assert samples.memorised_share(maps[3:], training) == 0
 
 
+@pytest.mark.rounding
 def test_classify_matches_the_classifier():
     torch.manual_seed(0)
     classifier, bar = DigitClassifier().eval(), CountingBar()
@@ -64,6 +64,7 @@ def test_classify_matches_the_classifier():
     assert bar.n == 1200 == len(predictions.digits) == len(predictions.features)
 
 
+@pytest.mark.rounding
 def test_augmented_digits_stay_near_their_originals():
     """Small rotations, scales and shifts: closer to the same digit than to most other images."""
     torch.manual_seed(0)

@@ -25,8 +25,6 @@ from utils import speed
 from utils.trainer import Trainer
 from vector_quantizer import VectorQuantizer
 
-pytestmark = pytest.mark.rounding
-
 SMALL_FLAGS = ["--dataset", "MNIST-10k", "--hidden-size", "8", "--k", "256", "--batch-size", "16",
                "--codebook-update", "ema", "--restart-after", "2"]
 needs_compiler = pytest.mark.skipif(
@@ -65,6 +63,7 @@ def train_steps(folder, *flags, num_steps=10, saved=None):
     return trainer, batches
 
 
+@pytest.mark.rounding
 @needs_compiler
 def test_compiled_step_matches_eager_step(tmp_path, capsys):
     """One step from the same state. If a latent has rounded to another code, the next step is compared instead."""
@@ -118,6 +117,7 @@ def test_training_continues_without_a_compiler_and_warns_once(mnist_folder, tmp_
     assert json.loads((tmp_path / "models" / "vqvae" / "args.json").read_text())["compile"] is True
 
 
+@pytest.mark.rounding
 def test_amp_keeps_the_quantizer_in_float32():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 8, codebook_update="ema", codebook_init="uniform")
@@ -133,6 +133,7 @@ def test_amp_keeps_the_quantizer_in_float32():
     torch.testing.assert_close(quantized.commitment_loss.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.rounding
 def test_amp_step_is_close_to_float32_step(tmp_path):
     results = []
     for flags in ((), ("--amp",)):
@@ -224,6 +225,7 @@ def test_amp_is_used_only_if_faster_and_kept_on_resume(script, trained, mnist_fo
     assert not all(torch.equal(value, faster[name]) for name, value in plain.items())
 
 
+@pytest.mark.rounding
 def test_amp_keeps_prior_attention_and_loss_in_float32(monkeypatch):
     def attention(*args, **flags):
         recorded.extend(tensor.dtype for tensor in args)
@@ -302,6 +304,7 @@ def test_batch_norm_gets_contiguous_tensors_on_mps():
     assert speed.memory_format("mps") == torch.contiguous_format and speed.memory_format("cpu") == torch.channels_last
 
 
+@pytest.mark.rounding
 def test_prior_works_in_float64():
     torch.manual_seed(0)
     prior = CodePrior(16, 4, 4, layers=2, embedding=32, heads=2).eval()
@@ -317,6 +320,7 @@ def test_failing_torch_compile_falls_back_to_eager(monkeypatch):
     assert speed.first_line(ValueError("it raised:\n  Compiler: none\nmore")) == "it raised: Compiler: none"
 
 
+@pytest.mark.rounding
 @needs_compiler
 def test_compiled_prior_loss_matches_eager_loss():
     torch._dynamo.reset()

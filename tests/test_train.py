@@ -270,10 +270,14 @@ def test_codebook_does_not_collapse(trained):
     assert track(trained)["used"][-1] > 200
 
 
-def test_same_seed_gives_identical_weights(trained, tmp_path):
-    assert run_script("VQ-VAE.py", *TRAIN_ARGS, cwd=tmp_path).returncode == 0
+def test_same_seed_gives_identical_weights(mnist_folder, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        result = run_script("VQ-VAE.py", "--data-folder", mnist_folder, "--num-epochs", 2, "--batch-size", 50, "--k",
+                            64, "--output-folder", "run", cwd=tmp_path / name)
+        assert result.returncode == 0, result.stderr
     for name in ("model_1.pt", "model_2.pt", "best.pt", "last.pt"):
-        contents = [checkpoint.load(folder / "models" / "run" / name) for folder in (trained, tmp_path)]
+        contents = [checkpoint.load(tmp_path / folder / "models" / "run" / name) for folder in ("one", "two")]
         for key, value in contents[0]["model"].items():
             assert torch.equal(value, contents[1]["model"][key]), key
 
