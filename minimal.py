@@ -9,7 +9,7 @@ Letters: B images, h×w = 7×7 latents of one image, D the size of a latent vect
 import argparse
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("epochs", nargs="?", type=int, default=10)
     args = parser.parse_args()
     if args.epochs < 1:

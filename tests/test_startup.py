@@ -12,6 +12,7 @@ from helpers import ROOT, import_script, restore_sigint, run_command
 
 import checkpoint
 import data
+import modules
 import vector_quantizer
 from data import downloads
 from utils import arguments
@@ -30,7 +31,7 @@ def blocked_packages(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "minimal.py"])
 def test_help_and_usage_errors_need_no_heavy_imports(script, blocked_packages, tmp_path):
     help_result = run_command(sys.executable, ROOT / script, "--help", cwd=tmp_path, PYTHONPATH=str(blocked_packages))
     assert help_result.returncode == 0 and "--help" in help_result.stdout and not help_result.stderr
@@ -69,6 +70,7 @@ def test_parser_choices_match_the_code():
     script = import_script("VQ-VAE.py")
     assert script.CODEBOOK_UPDATES == vector_quantizer.CODEBOOK_UPDATES
     assert script.CODEBOOK_INITS == vector_quantizer.CODEBOOK_INITS
+    assert script.DOWNSAMPLE == modules.DOWNSAMPLE and script.LARGEST_SIDE == checkpoint.LARGEST_SIDE
     assert set(arguments.DIGIT_SETS) <= set(arguments.DATASETS)
 
 
