@@ -144,7 +144,7 @@ def log_epoch(trainer, epoch, test_losses, test_counts, shown):
         tensorboard_logs.log_hparams(writer, {**hparams(args), "amp": trainer.bfloat16}, test_losses, test_counts)
     trainer.add_track_line(tensorboard_logs.track_line(
         epoch, state.step, *train_losses[:3], *test_losses[:3], perplexity(test_counts),
-        int((test_counts > 0).sum()), restarts, trainer.seconds()))
+        int((test_counts > 0).sum()), restarts, trainer.epoch_seconds()))
 
 
 def hparams(args):

@@ -93,7 +93,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
         prior.train()
         for batch in trainer.batches(epoch_batches(maps, trainer.generator, args.batch_size)):
             indices, labels, shifts = (tensor.to(args.device) for tensor in batch)    # (B, h, w), (B,), (B,)
-            with own_dropout(args, trainer.state.step):
+            with per_process_dropout(args, trainer.state.step):
                 loss = forward(indices, labels, shifts)
             optimizer.zero_grad()
             loss.backward()
@@ -112,7 +112,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
                 images = draw_samples(prior, vqvae, args.seed, args.device)
                 tensorboard_logs.log_samples(trainer.writer, epoch, images)
             trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:14.4f}"
-                                   f"  {trainer.seconds():7.1f}")
+                                   f"  {trainer.epoch_seconds():7.1f}")
 
 
 def nats(prior, indices, labels, shifts):
@@ -131,7 +131,7 @@ def epoch_batches(maps, generator, batch_size):
         yield maps.train[shifts[rows], rows], maps.train_labels[rows], shifts[rows]
 
 
-def own_dropout(args, step):
+def per_process_dropout(args, step):
     """Of several processes each draws its own dropout. Without dropout all draw the same: the dropped classes."""
     if distributed.world_size() == 1 or not args.dropout:
         return nullcontext()

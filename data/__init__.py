@@ -26,7 +26,6 @@ FOLDER = DATASETS[-1]           # the data set that is any folder of images
 DIGITS = tuple("0123456789")
 
 
-
 class Images(Dataset):
     """uint8 images (N, C, H, W) and their int64 labels (N,), in memory. classes: the labels' names."""
 

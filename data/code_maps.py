@@ -56,7 +56,7 @@ def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
 
 
 def shift_images(images, dy, dx):
-    """Images (..., H, W) moved down by dy and right by dx pixels, black where nothing comes in."""
+    """Images (..., H, W) moved down by dy and right by dx pixels, zero-padded."""
     H, W = images.shape[-2:]
     shifted = torch.zeros_like(images)
     shifted[..., max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \

@@ -16,7 +16,7 @@ def code_counts(indices, num_codes):
 
 
 def perplexity(counts):
-    """exp(entropy) of the codes' use, from counts (K,): 1 if one code does all the work, K if all do the same."""
+    """exp(entropy) of the codes' use, from counts (K,): 1 if a single code is used, K if all are used equally."""
     shares = counts.double() / counts.sum()
     return torch.special.entr(shares).sum().exp().item()
 

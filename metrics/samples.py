@@ -1,4 +1,4 @@
-"""How good sampled digits are: recognised by a classifier, near to real ones as a set, and not copied.
+"""How good sampled digits are: recognised by a classifier, close to real ones in distribution, and not copied.
 
 Letters: N images, B of them in a batch, h×w codes of one map, F features of the classifier.
 """

@@ -41,6 +41,8 @@ def test_out_of_memory_error_names_the_batch_size():
     with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), \
             interruptions.explain_errors(600):
         torch.empty(2**58)
+    with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), interruptions.explain_errors(600):
+        raise MemoryError
     with pytest.raises(RuntimeError, match="must match the size"), interruptions.explain_errors(600):
         torch.zeros(2) + torch.zeros(3)         # a bug is not hidden
 
@@ -246,7 +248,7 @@ def test_nonfinite_loss_is_named_and_the_good_checkpoint_kept(script, tmp_path, 
     result = run_script(*resume, "--num-epochs", 3, cwd=tmp_path)
     assert_one_line_error(result, "--lr 1e+30: the ")
     step = re.search(r"(\w+) loss of step (\d+), in epoch 2, is (nan|inf): try a lower rate; the files saved so far "
-                     "are from before it", result.stderr)
+                     "predate it", result.stderr)
     assert step and contents["step"] < int(step[2]) <= contents["step"] + 10
     assert step[1] in (("reconstruction", "codebook", "commitment") if script == "VQ-VAE.py" else ("prior",))
     assert {path: path.read_bytes() for path in folder.iterdir() if path.name != "args.json"} == before

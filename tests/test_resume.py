@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 from utils import files, train_state, trainer
+from utils.interruptions import StopSignals
 
 VQVAE = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epochs", "3", "--hidden-size", "8", "--k",
          "32", "--lr", "4e-3", "--lr-schedule", "cosine", "--codebook-update", "ema", "--restart-after", "5",
@@ -163,6 +164,28 @@ def test_changed_workers_and_save_interval_keep_the_result(uninterrupted, make_f
     assert settings["num_workers"] == 2 and settings["save_every"] == 4
 
 
+def send_signal_at_start(signal_number):
+    enter = StopSignals.__enter__
+
+    def enter_then_signal(signals):
+        enter(signals)
+        os.kill(os.getpid(), signal_number)
+        return signals
+
+    StopSignals.__enter__ = enter_then_signal
+
+
+def test_signal_before_the_first_step_of_an_extended_run_keeps_the_extension(make_folder, mnist_folder):
+    folder = make_folder(VQVAE)
+    result = run_script(*VQVAE, "--num-epochs", 1, "--data-folder", mnist_folder, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    result = run_script(*RESUME[VQVAE], "--num-epochs", 2, cwd=folder,
+                        prepare=functools.partial(send_signal_at_start, signal.SIGTERM))
+    assert result.returncode == 128 + signal.SIGTERM and not result.stderr, result.stderr
+    result = run_script(*result.stdout.splitlines()[-1].split()[1:], cwd=folder)
+    assert result.returncode == 0 and "epoch 2" in result.stdout, result.stderr
+
+
 # ---------------------------------------------------------------- schedules
 
 SCHEDULES = {
@@ -185,18 +208,19 @@ def test_saved_schedule_continues_bit_for_bit(make_schedule, steps):
     initial = copy.deepcopy(schedule.state_dict())
     list(rates(schedule, optimizer, steps))
     saved = copy.deepcopy(schedule.state_dict())
-    assert train_state.schedule_fits(initial, saved, steps)
+    assert train_state.schedule_fits(initial, saved, steps, 2.0)
     new_optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     resumed = make_schedule(new_optimizer)
     resumed.load_state_dict(saved)
     new_optimizer.param_groups[0]["lr"] = resumed.get_last_lr()[0]
     assert list(rates(resumed, new_optimizer, 9)) == list(rates(schedule, optimizer, 9))
 
-    for name, value in (("last_epoch", 2**62), ("last_epoch", -5), ("_last_lr", [float("nan")]), ("_last_lr", 1.0),
+    for name, value in (("last_epoch", 2**62), ("last_epoch", -5), ("last_epoch", steps + 1),
+                        ("_last_lr", [float("nan")]), ("_last_lr", 1.0), ("_last_lr", [-1.0]), ("_last_lr", [9.0]),
                         ("base_lrs", [1.0]), ("T_max", 0), ("total_steps", 0), ("_schedulers", []), ("more", 1)):
         if name in saved or name == "more":
-            assert not train_state.schedule_fits(initial, {**saved, name: value}, steps), name
-    assert not train_state.schedule_fits(initial, [], steps)
+            assert not train_state.schedule_fits(initial, {**saved, name: value}, steps, 2.0), name
+    assert not train_state.schedule_fits(initial, [], steps, 2.0)
 
 
 # ---------------------------------------------------------------- changed environment

@@ -36,7 +36,7 @@ class StopSignals:
 
 @contextmanager
 def explain_errors(batch_size, files=None):
-    """Turn an error of the system inside into a ValueError that says what is saved, and how to resume.
+    """Turn a system error in the body (OSError, out of memory) into a ValueError with what is saved and how to resume.
 
     files: the RunFiles, once the training writes them.
     """
@@ -49,9 +49,12 @@ def explain_errors(batch_size, files=None):
         yield
     except OSError as error:
         raise stopped(describe_error(error)) from error
-    except RuntimeError as error:       # torch's way to say that memory is short, and much else
+    except (RuntimeError, MemoryError) as error:        # torch raises RuntimeError for lack of memory, among others
         if distributed.is_peer_failure(error):
             raise stopped(distributed.describe_peer_failure(error)) from error
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        raise ValueError(f"--batch-size {batch_size}: memory has run out, choose a smaller one") from error
+        message = f"--batch-size {batch_size}: memory has run out, choose a smaller one"
+        if files and files.last.is_file():
+            message += f"; {files.last} is intact, with more memory resume with: {files.resume_command}"
+        raise ValueError(message) from error

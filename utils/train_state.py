@@ -80,7 +80,7 @@ def _checked(own, saved, name):
     elif fits:
         fits = saved >= 0
     if not fits:
-        raise ValueError(name)
+        raise ValueError(f"{name} has another type, shape or sign")
     return own.copy_(saved) if torch.is_tensor(own) else saved
 
 
@@ -111,11 +111,19 @@ def check_optimizer(optimizer):
             state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
-def schedule_fits(initial, saved, step):
-    """Whether `saved` can be the state after at most `step` steps of the schedule whose first state is `initial`."""
+def schedule_fits(initial, saved, step, max_lr):
+    """Whether `saved` can be the state after `step` steps of the schedule whose first state is `initial`.
+
+    max_lr: the highest learning rate of the schedule.
+    """
+    return isinstance(saved, dict) and saved.get("last_epoch") == step and _same_but_for_steps(
+        initial, saved, step, max_lr * (1 + 1e-9))
+
+
+def _same_but_for_steps(initial, saved, step, max_lr):
     if isinstance(initial, list):
         return (isinstance(saved, list) and len(initial) == len(saved)
-                and all(schedule_fits(one, other, step) for one, other in zip(initial, saved)))
+                and all(_same_but_for_steps(one, other, step, max_lr) for one, other in zip(initial, saved)))
     if not isinstance(initial, dict):
         return type(initial) is type(saved) and initial == saved
     if not isinstance(saved, dict) or initial.keys() != saved.keys():
@@ -125,9 +133,9 @@ def schedule_fits(initial, saved, step):
             fits = type(saved[name]) is int and -1 <= saved[name] <= step + 1
         elif name == "_last_lr":
             fits = isinstance(saved[name], list) and len(value) == len(saved[name]) and all(
-                type(lr) is float and math.isfinite(lr) for lr in saved[name])
+                type(lr) is float and 0 <= lr <= max_lr for lr in saved[name])
         else:
-            fits = schedule_fits(value, saved[name], step)
+            fits = _same_but_for_steps(value, saved[name], step, max_lr)
         if not fits:
             return False
     return True

@@ -29,7 +29,7 @@ from utils.train_state import (
 
 MEASURED_IMAGES = 8     # in the steps that --amp measures before a training
 MACHINE_ARGS = "data_folder", "num_workers", "device"       # arguments that may differ from process to process
-ADVICE = "try a lower rate; the files saved so far are from before it"
+ADVICE = "try a lower rate; the files saved so far predate it"
 
 
 class RunFiles(NamedTuple):
@@ -134,7 +134,7 @@ class Trainer:
         self.stop_if_asked()
 
     def save_epoch(self, test_loss, test):
-        """Write the model of the epoch: as the best one if its test loss is, and as one of all if they are kept.
+        """Write the model of the epoch: as `best` if its test loss is the lowest so far, and into `every_epoch` if set.
 
         test: the test figures for the checkpoint, as plain values.
         """
@@ -150,7 +150,7 @@ class Trainer:
             if self.files.every_epoch:
                 checkpoint.save(Path(self.files.every_epoch.format(state.epoch)), contents)
 
-    def seconds(self):
+    def epoch_seconds(self):
         """Spent in the epoch so far."""
         return time.perf_counter() - self.epoch_start
 
@@ -162,11 +162,11 @@ class Trainer:
 
     @contextmanager
     def optional(self, what):
-        """Inside is optional for a training: if memory runs out there, one line says so, and the training continues."""
+        """The body is optional: if it fails, mostly for lack of memory, one line says so and the training continues."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            tqdm.write(f"Not logged in epoch {self.state.epoch}: {what} ({speed.first_line(error)})", file=sys.stderr)
+            tqdm.write(f"Not logged: {what} ({speed.first_line(error)}); the training continues", file=sys.stderr)
 
     def done(self):
         return self.state.epoch > self.args.num_epochs or self.should_stop_early()
@@ -222,7 +222,7 @@ class Trainer:
     # ---------------------------------------------------------------- saving and resuming
 
     def save_checkpoint(self):
-        """Write all that is needed to resume from here. Only the main process writes; an epoch counts when it is over.
+        """Write all that is needed to resume from here; `epoch` is then the number of completed epochs.
 
         Raises ValueError if a loss or a weight is not finite.
         """
@@ -230,7 +230,8 @@ class Trainer:
             return
         self.writer.flush()             # what the checkpoint counts as done is in the logs too
         self.check_finite()
-        schedule = json.loads(json.dumps(self.schedule.state_dict()))         # no shared lists, which load() rejects
+        # Copied, since checkpoint.load() rejects lists that are shared.
+        schedule = json.loads(json.dumps(self.schedule.state_dict()))
         checkpoint.save(self.files.last, {
             **self.metadata, "model": self.model.state_dict(), "epoch": self.state.epoch - 1,
             "step": self.state.step, "training": {
@@ -270,7 +271,8 @@ class Trainer:
 
     def _restore_schedule(self, saved):
         """Bring the schedule to the present step: from its saved state, or step by step if its length is another."""
-        if saved is not None and schedule_fits(self.schedule.state_dict(), saved, self.state.step):
+        if saved is not None and schedule_fits(
+                self.schedule.state_dict(), saved, self.state.step, self.args.lr):
             self.schedule.load_state_dict(saved)
             for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
                 group["lr"] = lr
@@ -298,12 +300,11 @@ class Trainer:
         number = self.signals.agreed()
         if not number:
             return
-        if self.state.batches:          # else it has just been saved
-            self.save_checkpoint()
+        self.save_checkpoint()
         if self.bar is not None:
             self.bar.close()
         print(f"Stopped by {signal.Signals(number).name} in epoch {self.state.epoch}, after step {self.state.step:,}; "
-              f"{self.files.last} holds all of it. To resume:\n  {self.files.resume_command}")
+              f"{self.files.last} is up to date. To resume:\n  {self.files.resume_command}")
         raise SystemExit(128 + number)
 
     # ---------------------------------------------------------------- checks
