@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 from helpers import build_trainer, drop_capabilities, expect_usage_error, run_script, snapshot, start_script, wait_for
+from test_resume import assert_same_run
 
 import checkpoint
+import metrics
 from modules import VectorQuantizedVAE
-from utils import files, interruptions
+from utils import files, interruptions, tensorboard_logs
 
 RUN = ("VQ-VAE.py", "--output-folder", "run", "--batch-size", "20", "--num-epochs", "4", "--hidden-size", "8", "--k",
        "32", "--lr", "1e-3", "--save-every", "3")
@@ -45,6 +47,45 @@ def test_out_of_memory_error_names_the_batch_size():
         raise MemoryError
     with pytest.raises(RuntimeError, match="must match the size"), interruptions.explain_errors(600):
         torch.zeros(2) + torch.zeros(3)         # a bug is not hidden
+
+
+# ---------------------------------------------------------------- save first, log later
+
+def break_pictures():
+    def fail(*_, **__):
+        raise RuntimeError("can't allocate memory: you tried to allocate 99 bytes")
+
+    tensorboard_logs.log_images = tensorboard_logs.log_codebook = fail
+
+
+def test_failing_pictures_cost_a_line_each_and_no_model(mnist_folder, tmp_path):
+    result = run_script(*RUN, "--num-epochs", 2, "--data-folder", mnist_folder, cwd=tmp_path, prepare=break_pictures)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 0 and len(lines) == 4, result.stderr        # epochs 0, 1 and 2, and the projector
+    assert all(line.startswith("Not logged: ") and line.endswith("; the training continues") for line in lines)
+    for name in ("best.pt", "last.pt", "model_1.pt", "model_2.pt"):
+        assert (tmp_path / "models" / "run" / name).is_file()
+    assert_checkpoints_readable(tmp_path)
+
+
+def break_evaluation():
+    def fail(*_):
+        raise MemoryError
+
+    metrics.evaluate = fail
+
+
+def test_failing_evaluation_loses_no_step_of_its_epoch(mnist_folder, tmp_path):
+    run = (*RUN, "--num-epochs", 2, "--save-every", 0, "--data-folder", mnist_folder)
+    for name in ("uninterrupted", "interrupted"):
+        (tmp_path / name).mkdir()
+    assert run_script(*run, cwd=tmp_path / "uninterrupted").returncode == 0
+    folder = tmp_path / "interrupted"
+    result = run_script(*run, cwd=folder, prepare=break_evaluation)
+    assert_one_line_error(result, "--batch-size 20: memory has run out", f"{LAST} is intact, with more memory resume")
+    assert torch.load(folder / LAST, weights_only=True)["step"] == 30       # all of the first epoch
+    assert run_script(*RESUME, cwd=folder).returncode == 0
+    assert_same_run(tmp_path / "uninterrupted", folder)
 
 
 # ---------------------------------------------------------------- disks
