@@ -122,3 +122,20 @@ def test_invalid_checkpoints_are_rejected(tmp_path):
         checkpoint.load_model(tmp_path / "nowhere.pt")
     with pytest.raises(IsADirectoryError):
         checkpoint.load_model(tmp_path)
+
+
+def nested_lists(depth, copies):
+    value = ["x"]
+    for _ in range(depth):
+        value = [value] * copies
+    return value
+
+
+@pytest.mark.parametrize("value", [
+    nested_lists(30, copies=2), nested_lists(150, copies=1), torch.zeros(1).expand(2**40),
+    torch.zeros(2, dtype=torch.complex64), torch.zeros(2, 2).to_sparse()],
+    ids=["shared lists", "deep lists", "expanded tensor", "complex tensor", "sparse tensor"])
+def test_values_larger_than_their_file_are_rejected(value, tmp_path):
+    torch.save({**make_contents(trained_model("cpu")), "more": value}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        checkpoint.load_model(tmp_path / "model.pt")
