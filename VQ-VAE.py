@@ -221,7 +221,7 @@ def set_deterministic(device):
 # ---------------------------------------------------------------- the run's folders
 
 def check_folders(args, models, logs, last):
-    """Raise ValueError if the run could not be written, or not be resumed from the file `last`. Touches nothing."""
+    """Raise ValueError if the run could not be written, or not be resumed from the file `last`. Writes nothing."""
     with cli.errors_name_flag("--output-folder", args.output_folder):
         if not args.resume:
             files.check_unused_folders((models, logs), args.overwrite)
@@ -233,7 +233,7 @@ def check_folders(args, models, logs, last):
 
 
 def prepare_folders(trainer, models, logs):
-    """Clear the run's folders of a former run, or when resuming of what is about to be done again. Other files stay."""
+    """Clear the folders of a former run, or when resuming, of logs after the checkpoint. Other files stay."""
     args, state = trainer.args, trainer.state
     if args.resume:
         files.remove_temporary_files(models)

@@ -192,7 +192,7 @@ def load_classifier(path, device="cpu"):
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Inside, torch.nn.init does nothing: on meta tensors it would import torch's compiler, which takes seconds."""
+    """Makes torch.nn.init a no-op: on meta tensors it would import the compiler of torch, which takes seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":

@@ -58,7 +58,7 @@ ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_nam
 # ---------------------------------------------------------------- files
 
 def check_output(path, array, overwrite):
-    """Raise ValueError if a file with `array` in it could not be written to path. Touches nothing.
+    """Raise ValueError if a file with `array` in it could not be written to path. Writes nothing.
 
     An existing one is replaced only with --overwrite, and no file of another kind is.
     """

@@ -164,7 +164,7 @@ def prior_table(measured):
 # ---------------------------------------------------------------- JSON
 
 def check_json(path, paths_read):
-    """Raise ValueError if the file could not be written, or is one of those read. Touches nothing."""
+    """Raise ValueError if the file could not be written, or is one of those read. Writes nothing."""
     existing = path if path.exists() else path.parent
     if not existing.exists():
         raise ValueError(f"there is no folder {path.parent}")

@@ -226,7 +226,7 @@ def logs_of(path):
 
 
 def check_folders(args, path, run_files):
-    """Raise ValueError if the prior could not be written, or not be resumed. Touches nothing."""
+    """Raise ValueError if the prior could not be written, or not be resumed. Writes nothing."""
     with cli.errors_name_flag("--model", path):
         if args.resume and not run_files.last.is_file():
             raise ValueError(f"there is no {run_files.last} to --resume: start anew, with --overwrite if there is a "
@@ -238,7 +238,7 @@ def check_folders(args, path, run_files):
 
 
 def prepare_folders(args, state, run_files):
-    """Clear the folders of a former prior, or when resuming of what is about to be done again. Other files stay."""
+    """Clear the folders of a former prior, or when resuming, of logs after the checkpoint. Other files stay."""
     files.remove_temporary_files(run_files.best.parent)
     if args.resume:
         tensorboard_logs.truncate_logs(run_files.logs, state.step, state.epoch - 1, run_files.log_suffix)

@@ -272,7 +272,7 @@ def data_parallel(model, function):
 
 
 def average_batchnorm_statistics(model):
-    """Replace BatchNorm's running statistics by their means over all processes. SyncBatchNorm shares its own.
+    """Replace BatchNorm's running statistics by their means over all processes. SyncBatchNorm synchronises its own.
 
     Call it after the backward pass, which reads them.
     """
@@ -287,7 +287,7 @@ def average_batchnorm_statistics(model):
 
 @contextmanager
 def per_process_rng(seed):
-    """Inside, each process draws its own random numbers, from seed + rank; afterwards all states are restored."""
+    """Within the block each process draws its own random numbers, from seed + rank; then all states are restored."""
     if world_size() == 1:
         yield
         return

@@ -86,7 +86,7 @@ def locked_folder(folder, flag):
 
 
 def check_unused_folders(folders, overwrite):
-    """Raise ValueError if the folders hold a run, OSError if they could not be created. Touches nothing."""
+    """Raise ValueError if the folders hold a run, OSError if they could not be created. Writes nothing."""
     for folder in folders:
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise ValueError(f"{folder} holds a run already: choose another name, replace it with --overwrite, "
@@ -99,7 +99,7 @@ def check_unused_folders(folders, overwrite):
 
 
 def check_writable(path):
-    """Raise ValueError if no file could be written to path, whose folders may have to be created. Touches nothing."""
+    """Raise ValueError if no file could be written to path, whose folders may have to be created. Writes nothing."""
     # A folder such as "." or "/" has no parents.
     folder = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
     if path.is_dir() or not folder.is_dir():

@@ -69,7 +69,7 @@ def open_prior(args, model_path):
 
 
 def check_target(path, kind, overwrite, otherwise=""):
-    """Raise ValueError if a checkpoint of a kind could not be written to path. Touches nothing.
+    """Raise ValueError if a checkpoint of a kind could not be written to path. Writes nothing.
 
     An existing one is replaced only with --overwrite, and no file of another kind is. otherwise: what else the message
     suggests.

@@ -1,4 +1,4 @@
-"""What makes a training step faster and changes nothing but its rounding."""
+"""Speed-ups of a training step that change its results only by rounding."""
 
 import ctypes
 import os

@@ -35,7 +35,7 @@ ADVICE = "try a lower rate; the files saved so far predate it"
 class RunFiles(NamedTuple):
     """Where a training writes, and the command that resumes it."""
 
-    last: Path                  # the training, after its latest save
+    last: Path                  # the latest state of the training, to resume from
     best: Path                  # the model with the lowest test loss
     track: Path                 # a text file of one line an epoch
     logs: Path                  # TensorBoard's folder
@@ -72,9 +72,9 @@ class Trainer:
 
     @contextmanager
     def running(self):
-        """Inside, signals end the training after the step under way, and the TensorBoard writer is open.
+        """Within the block, signals end the training after the current step, and the TensorBoard writer is open.
 
-        An error of the system becomes a ValueError that says what is saved and how to resume.
+        A system error becomes a ValueError that says what is saved and how to resume.
         """
         writer = tensorboard_logs.open_writer(self.files.logs, self.files.log_suffix)
         with StopSignals() as self.signals, explain_errors(self.args.batch_size, self.files), \
@@ -178,7 +178,7 @@ class Trainer:
     # ---------------------------------------------------------------- faster steps
 
     def autocast(self):
-        """Inside, products and convolutions are taken in bfloat16 if --amp was found to help."""
+        """Within the block, matrix products and convolutions run in bfloat16 if --amp was found to help."""
         return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.bfloat16)
 
     def choose_precision(self, compute_loss, batch):
@@ -240,7 +240,7 @@ class Trainer:
                 "bfloat16": self.bfloat16, "environments": self.environments}})
 
     def load_state(self, saved):
-        """Bring a new trainer to where it stood when the checkpoint with these contents was written.
+        """Restore a new trainer to the state in a checkpoint's contents.
 
         Raises ValueError if they are incomplete, do not fit, or the training is done.
         """
@@ -259,7 +259,7 @@ class Trainer:
             self.environments = [{name: str(one.get(name, "unknown"))[:100] for name in self.environments[0]}
                                  for one in training.get("environments", [])]
             same_length = training["settings"]["num_epochs"] == self.args.num_epochs
-        except Exception as error:      # a damaged file makes torch raise whatever it trips over
+        except Exception as error:      # a damaged file can make torch raise anything
             raise ValueError("its training state is damaged or of another version of the code: "
                              f"{type(error).__name__}: {error}") from error
         if self.state.epoch > self.args.num_epochs:
@@ -283,7 +283,7 @@ class Trainer:
                 self.schedule.step()
 
     def note_environment(self):
-        """Of a resumed run: record the present environment if it is another one, and print what rounds differently."""
+        """Of a resumed run: record the environment if it has changed, and print the changes that affect rounding."""
         now = environment(self.args.device, self.state.step)
         before = self.environments[-1] if self.environments else dict.fromkeys(now, "unknown")
         changed = [name for name in AFFECTS_ROUNDING if before[name] not in (now[name], "unknown")]
