@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from utils import arguments, cli
 
-DOWNSAMPLE = 4              # pixels that a code covers, in each direction
+DOWNSAMPLES = 4, 8, 16
 LARGEST_SIDE = 512          # pixels
 SCHEDULES = "constant", "cosine", "onecycle"
 CODEBOOK_UPDATES, CODEBOOK_INITS = ("gradient", "ema"), ("kmeans", "uniform")
@@ -25,8 +25,9 @@ def get_parser():
                             f"download, folder is any folder of images {shown}")
     group.add_argument("--data-folder", default="MNIST", metavar="PATH",
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
-    group.add_argument("--image-size", type=arguments.multiple_of(DOWNSAMPLE, 8, LARGEST_SIDE), default=64, metavar="S",
-                       help=f"with --dataset folder: images become S×S pixels, S is a multiple of {DOWNSAMPLE} {shown}")
+    group.add_argument("--image-size", type=arguments.multiple_of(DOWNSAMPLES[0], 8, LARGEST_SIDE), default=64,
+                       metavar="S", help="with --dataset folder: images become S×S pixels, S is a multiple of "
+                                         f"--downsample up to {LARGEST_SIDE} {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
     group.add_argument("--num-workers", type=arguments.integer(0, 256), default=0, metavar="N",
@@ -37,6 +38,9 @@ def get_parser():
                        help=f"size D of a latent vector and of the hidden layers {shown}")
     group.add_argument("--k", type=arguments.integer(1), default=512, metavar="K",
                        help=f"number of codes in the codebook {shown}")
+    group.add_argument("--downsample", type=int, choices=DOWNSAMPLES, default=DOWNSAMPLES[0],
+                       help="side in pixels of the square that a code covers; 8 or 16, for larger images, give a "
+                            f"quarter or a sixteenth of the codes {shown}")
     group.add_argument("--codebook-update", type=arguments.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
                        help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
     group.add_argument("--codebook-init", type=arguments.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
@@ -64,6 +68,9 @@ def get_parser():
     group = parser.add_argument_group("output")
     group.add_argument("--output-folder", type=arguments.name_inside("models"), default="vqvae", metavar="NAME",
                        help=f"the run's name: writes models/NAME and logs/NAME {shown}")
+    group.add_argument("--keep-every", type=arguments.integer(0), default=1, metavar="EPOCHS",
+                       help="write model_EPOCH.pt after every so many epochs, besides best.pt and last.pt; 0 means "
+                            f"never {shown}")
     cli.add_run_arguments(group, "a run of that name")
     return parser
 
@@ -72,6 +79,9 @@ def check_arguments(parser, args):
     """End with an error if arguments contradict each other."""
     if args.dataset != arguments.DATASETS[-1] and not args.resume:
         parser.check_unused(args, ("image_size", "channels"), "is used only with --dataset folder, add it")
+    if args.image_size % args.downsample or args.image_size < 2 * args.downsample:
+        parser.error(f"--image-size {args.image_size} --downsample {args.downsample}: the size is a multiple of "
+                     "--downsample, and at least twice as large")
 
 
 if __name__ == "__main__":
@@ -92,10 +102,11 @@ import data
 from metrics import code_counts, evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
+from utils.memory import images_that_fit
 from utils.train_state import check_metadata, seed_everything
 from utils.trainer import RunFiles, Trainer
 
-SHOWN_IMAGES = 64           # test images in TensorBoard
+SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
 
 
@@ -149,7 +160,8 @@ def log_epoch(trainer, epoch, test_losses, test_counts, shown):
 
 def hparams(args):
     """The arguments that a run's figures depend on."""
-    left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "compile")
+    left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "keep_every",
+                "compile")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
@@ -163,7 +175,7 @@ class Batches(NamedTuple):
     train: DataLoader               # of this process's shard of each batch
     test: DataLoader
     generator: torch.Generator      # of the training images' order
-    shown: torch.Tensor             # test images (B, C, H, W) in [-1, 1] for TensorBoard
+    shown: torch.Tensor             # uint8 test images (B, C, H, W) for TensorBoard
 
 
 def load_batches(args):
@@ -175,11 +187,12 @@ def load_batches(args):
     on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
     if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
         train_set, test_set = train_set.to(args.device), test_set.to(args.device)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, (H, W) = torch.Generator().manual_seed(args.seed), train_set.shape[1:]
     return Batches(
         train_set, test_set, data.batches(train_set, batch_size, generator, args.num_workers, on_gpu and in_workers),
-        data.batches(distributed.shard(test_set), batch_size, None, args.num_workers, on_gpu and in_workers),
-        generator, data.to_model_range(test_set[:SHOWN_IMAGES][0], args.device))
+        data.batches(distributed.shard(test_set), images_that_fit(H, W, args.hidden_size), None, args.num_workers,
+                     on_gpu and in_workers),
+        generator, test_set[:tensorboard_logs.images_in_grid(SHOWN_IMAGES, H, W)][0].cpu())
 
 
 def build_trainer(args, files, batches, saved=None):
@@ -187,20 +200,25 @@ def build_trainer(args, files, batches, saved=None):
     set_deterministic(args.device)
     seed_everything(args.seed)
     config = {"channels": batches.train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
-              "codebook_update": args.codebook_update, "codebook_init": args.codebook_init,
-              "restart_after": args.restart_after}
+              "downsample": args.downsample, "codebook_update": args.codebook_update,
+              "codebook_init": args.codebook_init, "restart_after": args.restart_after}
     metadata = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
                 "dataset": data.describe(args.dataset, args.data_folder, batches.train_set)}
     if saved:
         check_metadata(metadata, saved)
     with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
         model = VectorQuantizedVAE(**config).to(args.device, memory_format=speed.memory_format(args.device))
+    with cli.errors_name_flag("--downsample", args.downsample):
+        model.map_size(*batches.train_set.shape[1:])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
     schedule = make_schedule(args.lr_schedule, optimizer, args.lr, args.num_epochs * len(batches.train))
+    size_flags = "--hidden-size or --k"
+    if args.dataset == data.FOLDER:
+        size_flags = f"--image-size, {size_flags}, or a larger --downsample"
     return Trainer(
         args, files, metadata, model, optimizer, schedule, batches.generator, len(batches.train_set), Losses._fields,
-        step_tag="loss/train/", track=["  ".join(tensorboard_logs.TRACK_COLUMNS)], restarts=model.quantizer.restarts,
-        code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
+        size_flags, step_tag="loss/train/", track=["  ".join(tensorboard_logs.TRACK_COLUMNS)],
+        restarts=model.quantizer.restarts, code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
 
 
 def make_schedule(name, optimizer, lr, steps):
@@ -281,7 +299,8 @@ def run(args, parser, argv):
         if args.resume:
             trainer.note_environment()
         else:
-            trainer.choose_precision(lambda model, x: vqvae_losses(x, model(x), args.beta).total, (batches.shown,))
+            x = data.to_model_range(batches.shown, args.device)
+            trainer.choose_precision(lambda model, x: vqvae_losses(x, model(x), args.beta).total, (x,))
         if distributed.is_main_process():
             with cli.errors_name_flag("--output-folder", args.output_folder):
                 prepare_folders(trainer, models, logs)

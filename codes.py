@@ -49,7 +49,7 @@ import data
 from data import code_maps
 from metrics import samples
 from utils import files, inputs
-from utils.memory import items_that_fit
+from utils.memory import images_that_fit
 
 # In a file of codes.
 ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_names", "part", "model_sha256")
@@ -113,7 +113,8 @@ def read_codes(path, model, sha256):
 
 def encode(model, dataset, args):
     """A data set → its codes (N, h, w) and labels (N,), in the smallest unsigned types that hold them."""
-    batches = data.batches(dataset, items_that_fit(pixels=math.prod(dataset.shape[1:])), None, args.num_workers)
+    batch_size = images_that_fit(*dataset.shape[1:], model.quantizer.dim)
+    batches = data.batches(dataset, batch_size, None, args.num_workers)
     with tqdm(total=len(dataset), desc="encoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
         maps = code_maps.encode(model, batches, args.device, bar)
     return (maps.numpy().astype(np.min_scalar_type(model.quantizer.num_codes - 1)),
@@ -126,7 +127,7 @@ def decode(model, indices, device):
     images = []
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
         for batch in samples.decode_batches(model, torch.from_numpy(indices.astype(np.int64)), device):
-            images.append(data.to_unit_range(batch).mul(255).round().byte().cpu().numpy())
+            images.append(data.to_bytes(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)
 

@@ -48,7 +48,7 @@ import data
 from data import code_maps
 from metrics import evaluate, nats_per_code, perplexity, samples
 from utils import files, inputs
-from utils.memory import items_that_fit
+from utils.memory import images_that_fit
 
 NUM_SAMPLES = 10_000            # equally many of each class
 
@@ -60,7 +60,7 @@ def measure_model(model, test_set, args):
     the h·w codes of log2 K bits each, over the C·H·W bytes of the image. Raises ValueError if a loss is not finite.
     """
     C, H, W = test_set.shape
-    batches = data.batches(test_set, items_that_fit(pixels=H * W), None, args.num_workers)
+    batches = data.batches(test_set, images_that_fit(H, W, model.quantizer.dim), None, args.num_workers)
     losses, counts = evaluate(model, batches, args.device)
     if not math.isfinite(losses.total):
         raise ValueError(f"the model's losses are not finite: {losses.reconstruction} in the reconstructions, "
@@ -112,8 +112,8 @@ def measure_prior(model, prior, classifier, train_set, test_set, args):
     and of decoded noise.
     """
     device, generator = args.device, torch.Generator().manual_seed(args.seed)
-    labels, batch_size = samples.balanced_labels(prior.num_classes, NUM_SAMPLES), items_that_fit(
-        pixels=math.prod(test_set.shape[1:]))
+    labels = samples.balanced_labels(prior.num_classes, NUM_SAMPLES)
+    batch_size = images_that_fit(*test_set.shape[1:], model.quantizer.dim)
     with tqdm(total=len(train_set) + len(test_set) + len(labels), desc="sampling and encoding", unit="img",
               unit_scale=True, leave=False, disable=None) as bar:
         sampled = samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, device, bar)

@@ -78,6 +78,7 @@ from data import image_folder
 from metrics import samples
 from utils import inputs
 from utils.files import write_atomically
+from utils.memory import images_that_fit
 
 
 def test_images(args, contents, path, generator):
@@ -153,17 +154,18 @@ def generate(args):
         map_size, name = model.map_size(*contents["dataset"]["shape"][1:]), args.input
         maps = (sample_prior(path, generator, args) if args.input == "prior" else
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
-        images = torch.cat([*samples.decode_batches(model, maps, args.device)])
+        images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps, args.device)])
     else:
         images, name = input_images(args, contents, path, generator)
-        images = data.to_model_range(images, args.device)
-        reconstructions = model(images).reconstruction
+        batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
+        reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
+                                     for batch in images.split(batch_size)])
         images = interleaved(images, reconstructions) if args.originals else reconstructions
-    save_grid(images.cpu(), args.filename or name, args)
+    save_grid(images, args.filename or name, args)
 
 
 def save_grid(images, name, args):
-    """Write images (B, C, H, W) in [-1, 1] as a grid into FOLDER, and print its path."""
+    """Write uint8 images (B, C, H, W) as a grid into FOLDER, and print its path."""
     path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
     with cli.errors_name_flag("--filename", name):
         is_read = isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents)
@@ -172,7 +174,7 @@ def save_grid(images, name, args):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         columns = len(images) // 2 if args.originals else ROWS
-        pixels = data.grid(images, min(ROWS, columns)).mul(255).round().byte()
+        pixels = data.grid(images, min(ROWS, columns))
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, format="png")
         write_atomically(path, picture.getbuffer())
     print(path)

@@ -1,9 +1,10 @@
 """The encoder, the decoder, the VQ-VAE around the quantizer, and its losses.
 
-Letters: B images, C channels, H×W pixels, h×w = H/4 × W/4 latents, D latent size, K codes.
-The layers and the names of their parameters are those of the published network.
+Letters: B images, C channels, H×W pixels, h×w = H/f × W/f latents, D latent size, K codes. f is 4 in the published
+network, whose layers and parameter names these are; with 8 or 16 there are one or two more stages of each kind.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from vector_quantizer import VectorQuantizer, vq
 
-DOWNSAMPLE = 4              # pixels that a code covers, in each direction
+DOWNSAMPLES = 4, 8, 16      # f: pixels that a code covers, in each direction
 
 
 class VQVAEOutput(NamedTuple):
@@ -63,30 +64,36 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Images (B, C, H, W) → z_e (B, D, H/4, W/4)."""
+    """Images (B, C, H, W) → z_e (B, D, H/f, W/f)."""
 
-    def __init__(self, channels, dim):
-        super().__init__(
-            nn.Conv2d(channels, dim, kernel_size=4, stride=2, padding=1),
+    def __init__(self, channels, dim, downsample=4):
+        stages = [layer for _ in range(int(math.log2(downsample)) - 1) for layer in (
             nn.BatchNorm2d(dim),
             nn.ReLU(),
             nn.Conv2d(dim, dim, kernel_size=4, stride=2, padding=1),
+        )]
+        super().__init__(
+            nn.Conv2d(channels, dim, kernel_size=4, stride=2, padding=1),
+            *stages,
             ResidualBlock(dim),
             ResidualBlock(dim),
         )
 
 
 class Decoder(nn.Sequential):
-    """z_q (B, D, h, w) → images (B, C, 4h, 4w) in [-1, 1]."""
+    """z_q (B, D, h, w) → images (B, C, f·h, f·w) in [-1, 1]."""
 
-    def __init__(self, channels, dim):
+    def __init__(self, channels, dim, downsample=4):
+        stages = [layer for _ in range(int(math.log2(downsample)) - 1) for layer in (
+            nn.ConvTranspose2d(dim, dim, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+        )]
         super().__init__(
             ResidualBlock(dim),
             ResidualBlock(dim),
             nn.ReLU(),
-            nn.ConvTranspose2d(dim, dim, kernel_size=4, stride=2, padding=1),
-            nn.BatchNorm2d(dim),
-            nn.ReLU(),
+            *stages,
             nn.ConvTranspose2d(dim, channels, kernel_size=4, stride=2, padding=1),
             nn.Tanh(),
         )
@@ -110,22 +117,22 @@ def contiguous_on_mps(x):
 class VectorQuantizedVAE(nn.Module):
     """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
 
-    channels is 1 or 3; hidden_size is D; num_codes is K; **codebook holds the other arguments of the VectorQuantizer.
-    Raises ValueError for another number of channels, or a size below 1.
+    channels is 1 or 3; hidden_size is D; num_codes is K; downsample is f, one of DOWNSAMPLES; **codebook holds the
+    other arguments of the VectorQuantizer. Raises ValueError for another number of channels or f, or a size below 1.
     """
 
-    downsample = DOWNSAMPLE
-
-    def __init__(self, channels=1, hidden_size=40, num_codes=512, **codebook):
+    def __init__(self, channels=1, hidden_size=40, num_codes=512, downsample=4, **codebook):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
         if min(hidden_size, num_codes) < 1:
             raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are integers from 1 on")
-        self.channels = channels
-        self.encoder = Encoder(channels, hidden_size)
+        if downsample not in DOWNSAMPLES:
+            raise ValueError(f"downsample is {', '.join(map(str, DOWNSAMPLES))}, not {downsample}")
+        self.channels, self.downsample = channels, downsample
+        self.encoder = Encoder(channels, hidden_size, downsample)
         self.quantizer = VectorQuantizer(num_codes, hidden_size, **codebook)
-        self.decoder = Decoder(channels, hidden_size)
+        self.decoder = Decoder(channels, hidden_size, downsample)
         self.apply(init_convolution)
 
     def forward(self, x):
@@ -135,17 +142,17 @@ class VectorQuantizedVAE(nn.Module):
         return VQVAEOutput(self.decoder(contiguous_on_mps(quantized.z_q)), z_e, *quantized)
 
     def encode(self, x):
-        """Code indices (B, H/4, W/4) of images (B, C, H, W) in [-1, 1].
+        """Code indices (B, H/f, W/f) of images (B, C, H, W) in [-1, 1].
 
         In training mode BatchNorm uses the batch's statistics, and updates its own. Raises ValueError if x is not
-        (B, C, H, W) with H and W multiples of 4.
+        (B, C, H, W) with H and W multiples of f.
         """
         return vq(self._latents(x).permute(0, 2, 3, 1), self.quantizer.codebook)
 
     def decode(self, indices):
-        """Images (B, C, 4h, 4w) in [-1, 1] from code indices (B, h, w).
+        """Images (B, C, f·h, f·w) in [-1, 1] from code indices (B, h, w).
 
-        Raises ValueError if indices are not int32 or int64 (B, h, w) in [0, K).
+        Raises ValueError if indices are not integers (B, h, w) in [0, K).
         """
         return self.decoder(self.quantizer.lookup(indices))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 TAIL_FROM = 6           # codes with a probability below exp(−TAIL_FROM) are the tail
 TAIL_BINS = 12          # of width 1 in the log-probability; the last one is open
+BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of float32, whatever K and T
 
 
 class Block(nn.Module):
@@ -26,18 +27,17 @@ class Block(nn.Module):
                                         nn.Linear(4 * embedding, embedding))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, cache=None):
-        """cache: a list of the earlier positions' keys and values, to which those of x are appended."""
+    def forward(self, x, cache=None, position=None):
+        """cache: keys and values (2, B, heads, T, E/heads), which takes over those of x (B, 1, E), at a position."""
         B, T, E = x.shape
         heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             heads = heads.float()       # the backward pass of attention in bfloat16 is eight times slower there
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)          # each (B, heads, T, E/heads)
         if cache is not None:
-            if cache:
-                keys, values = torch.cat([cache[0], keys], dim=2), torch.cat([cache[1], values], dim=2)
-            cache[:] = keys, values
-        # With a cache there is one new position, which attends to all earlier ones.
+            cache[0, :, :, position], cache[1, :, :, position] = keys[:, :, 0], values[:, :, 0]
+            keys, values = cache[:, :, :, :position + 1]
+        # With a cache there is one new position, which attends to all earlier ones. No T×T scores are held in memory.
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1)
         x = x + self.drop(self.project(attended.transpose(1, 2).reshape(B, T, E)))
@@ -89,6 +89,10 @@ class CodePrior(nn.Module):
 
         labels None means no class, shifts None no shift. Raises ValueError if maps or labels do not fit.
         """
+        return self._logits(self._hidden(indices, labels, shifts))
+
+    def _hidden(self, indices, labels, shifts):
+        """(B, T, E), of which the logits are a linear function."""
         labels = self._labels(labels, len(indices))
         if self.training:
             labels = labels.masked_fill(_uniform_like(labels) < self.drop_label, self.num_classes)
@@ -97,14 +101,24 @@ class CodePrior(nn.Module):
         x = self.drop(previous + self._condition(labels, shifts).unsqueeze(1) + self.positions)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x)).float()
+        return self.norm(x)
+
+    def _logits(self, hidden):
+        logits = self.head(hidden).float()
         return logits if self.training else self._calibrated(logits)
+
+    def _blocks_of_rows(self, hidden, indices):
+        """Pairs of hidden rows (n, E) and their codes (n,), of all positions of all maps; in training mode one pair."""
+        hidden, codes = hidden.flatten(0, 1), self._flat(indices).flatten()           # (B·T, E), (B·T,)
+        block = len(hidden) if self.training else max(1, BLOCK_LOGITS // self.num_codes)
+        return zip(hidden.split(block), codes.split(block))
 
     def log_prob(self, indices, labels=None, shifts=None):
         """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w)."""
-        logits = self(indices, labels, shifts)                        # (B, T, K)
-        loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")       # (B·T,)
-        return -loss.view(len(indices), -1).sum(dim=1)
+        hidden = self._hidden(indices, labels, shifts)                # (B, T, E)
+        losses = [F.cross_entropy(self._logits(rows), codes, reduction="none")
+                  for rows, codes in self._blocks_of_rows(hidden, indices)]
+        return -torch.cat(losses).view(len(indices), -1).sum(dim=1)
 
     @torch.no_grad()
     def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
@@ -114,6 +128,12 @@ class CodePrior(nn.Module):
         larger one moves away from p(map). Runs in evaluation mode, and restores the mode. Raises ValueError for a label
         out of range, temperature ≤ 0 or top_k < 1.
         """
+        codes = list(self.sample_in_order(labels, temperature, top_k, guidance, generator))
+        return torch.stack(codes, dim=1).view(len(labels), self.height, self.width)
+
+    @torch.no_grad()
+    def sample_in_order(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
+        """The same as sample(), but yields the codes (B,) of one position after the other, in raster order."""
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} is not above 0")
         if top_k is not None and top_k < 1:
@@ -125,23 +145,22 @@ class CodePrior(nn.Module):
         if guided:      # the same maps a second time, without their class
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self._condition(labels)                           # (B or 2B, E)
+        (T, E), heads = self.positions.shape, self.blocks[0].heads
+        caches = condition.new_empty(len(self.blocks), 2, len(labels), heads, T, E // heads)
         x = torch.zeros_like(condition)
-        caches = [[] for _ in self.blocks]
-        codes = []
-        for position in self.positions:
-            logits = self._next_logits(x + condition + position, caches)          # (B or 2B, K)
-            if guided:
-                logits = torch.lerp(logits[B:], logits[:B], guidance)
-            codes.append(sample_codes(logits / temperature, top_k, generator))        # (B,)
-            x = self.code_embedding(codes[-1]).repeat(2 if guided else 1, 1)
-        self.train(was_training)
-        return torch.stack(codes, dim=1).view(B, self.height, self.width)
-
-    def _next_logits(self, x, caches):
-        x = x.unsqueeze(1)                                            # (B, 1, E)
-        for block, cache in zip(self.blocks, caches):
-            x = block(x, cache)
-        return self._calibrated(self.head(self.norm(x)).squeeze(1).float())
+        try:
+            for position, embedding in enumerate(self.positions):
+                x = (x + condition + embedding).unsqueeze(1)          # (B or 2B, 1, E)
+                for block, cache in zip(self.blocks, caches):
+                    x = block(x, cache, position)
+                logits = self._logits(self.norm(x).squeeze(1))        # (B or 2B, K)
+                if guided:
+                    logits = torch.lerp(logits[B:], logits[:B], guidance)
+                codes = sample_codes(logits / temperature, top_k, generator)          # (B,)
+                yield codes
+                x = self.code_embedding(codes).repeat(2 if guided else 1, 1)
+        finally:
+            self.train(was_training)
 
     @torch.no_grad()
     def calibrate(self, maps, labels, batch_size=100):
@@ -157,13 +176,15 @@ class CodePrior(nn.Module):
         self.tail.zero_()
         expected, observed = torch.zeros(2, len(self.tail), dtype=torch.float64)
         for map_batch, label_batch in zip(maps.split(batch_size), labels.split(batch_size)):
-            map_batch = map_batch.to(self.tail.device)
-            logits = self(map_batch, label_batch.to(self.tail.device)).flatten(0, 1)      # (B·T, K)
-            bins, probabilities = self._bins(logits), logits.softmax(dim=1)
-            sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
-            found = bins.gather(1, map_batch.flatten().unsqueeze(1)).flatten()
-            expected += sums.cpu()
-            observed += torch.bincount(found, minlength=len(self.tail)).cpu()
+            map_batch, label_batch = map_batch.to(self.tail.device), label_batch.to(self.tail.device)
+            hidden = self._hidden(map_batch, label_batch, None)       # (B, T, E)
+            for rows, codes in self._blocks_of_rows(hidden, map_batch):
+                logits = self._logits(rows)                           # (n, K)
+                bins, probabilities = self._bins(logits), logits.softmax(dim=1)
+                sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
+                found = bins.gather(1, codes.unsqueeze(1)).flatten()
+                expected += sums.cpu()
+                observed += torch.bincount(found, minlength=len(self.tail)).cpu()
         self.tail[1:] = ((observed + 0.5) / (expected + 0.5)).log()[1:].to(self.tail)
         self.train(was_training)
 
@@ -191,7 +212,7 @@ class CodePrior(nn.Module):
     def _flat(self, indices):
         if indices.dim() != 3 or indices.shape[1:] != (self.height, self.width):
             raise ValueError(f"code maps {tuple(indices.shape)} are not (B, {self.height}, {self.width})")
-        return indices.flatten(1)
+        return indices.flatten(1).long()
 
 
 def sample_codes(logits, top_k=None, generator=None):

@@ -245,7 +245,7 @@ def test_quantizer_rejects_wrong_shapes_and_indices(device="cpu"):
     for invalid in (-1, 8):
         indices = torch.full((1, 2, 2), invalid, device=device)
         assert_raises(partial(quantizer.lookup, indices), invalid, "[0, 8)")
-    assert_raises(lambda: quantizer.lookup(torch.zeros(1, 2, 2, device=device)), "int64")
+    assert_raises(lambda: quantizer.lookup(torch.zeros(1, 2, 2, device=device)), "integers")
     assert_raises(lambda: VectorQuantizer(8, 3, codebook_init="magic"), "magic")
     assert_raises(lambda: VectorQuantizer(8, 3, codebook_update="magic"), "magic")
 

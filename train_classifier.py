@@ -47,9 +47,9 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from metrics.classifier import DigitClassifier
+from metrics.classifier import HIDDEN_SIZE, DigitClassifier
 from utils import inputs, speed
-from utils.memory import items_that_fit
+from utils.memory import images_that_fit
 
 MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = math.radians(12), 0.1, 0.1      # radians, of the size, of half the width
 WEIGHT_DECAY = 0.05
@@ -108,7 +108,7 @@ def test_accuracy(model, test_set, device):
     """The share of test images that the classifier recognises, in evaluation mode."""
     model.eval()
     correct = 0
-    for images, labels in data.batches(test_set, items_that_fit(pixels=math.prod(test_set.shape[1:]))):
+    for images, labels in data.batches(test_set, images_that_fit(*test_set.shape[1:], HIDDEN_SIZE)):
         correct += (model(data.to_model_range(images, device)).argmax(dim=1).cpu() == labels).sum().item()
     return correct / len(test_set)
 

@@ -40,6 +40,9 @@ def get_parser():
                        help=f"also train on images shifted by up to so many pixels, each marked as such {shown}")
     group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
+    group.add_argument("--sample-every", type=arguments.integer(0), default=1, metavar="EPOCHS",
+                       help="log images sampled from the prior after every so many epochs, as many as take a tenth of "
+                            f"an epoch's time; 0 means never {shown}")
     cli.add_speed_arguments(group)
     cli.add_run_arguments(group, "a prior that exists beside the model")
     return parser
@@ -61,17 +64,21 @@ import checkpoint
 import data
 from data.code_maps import encode_sets, offsets_up_to
 from metrics import nats_per_code, samples
+from modules import DOWNSAMPLES
 from prior import CodePrior
-from utils import distributed, files, inputs, tensorboard_logs
-from utils.memory import items_that_fit
+from utils import cost, distributed, files, inputs, tensorboard_logs
+from utils.memory import maps_that_fit
 from utils.train_state import check_metadata, seed_everything
-from utils.trainer import RunFiles, Trainer
+from utils.trainer import MEASURED_IMAGES, RunFiles, Trainer
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
 CALIBRATION_MAPS = 3000         # training maps that the prior is calibrated on after each epoch
-CALIBRATION_COPIES = 5          # of a map's logits, in memory at once while it is calibrated
+SAMPLED_MAPS = 100              # the most that are sampled to be looked at
+SAMPLE_SHARE = 0.1              # of an epoch's time, for these samples
+MEASURED_CODES = 2048           # in the steps whose time is measured before the training
+LONG_TRAINING = 3600            # seconds, from which on it is said how to make it shorter
 PATIENCE = 3                    # epochs without a lower test loss, after which the training stops
 COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 # Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
@@ -108,9 +115,9 @@ def train(trainer, maps, vqvae, bits_per_nat):
         if distributed.is_main_process():
             [train_nats] = trainer.state.mean_losses()
             tensorboard_logs.log_prior(trainer.writer, epoch, train_nats, test_nats, bits)
-            with trainer.optional("samples"):
-                images = draw_samples(prior, vqvae, args.seed, args.device)
-                tensorboard_logs.log_samples(trainer.writer, epoch, images)
+            if args.sample_every and epoch % args.sample_every == 0:
+                with trainer.optional("samples"):
+                    log_samples(trainer, vqvae, epoch)
             trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:14.4f}"
                                    f"  {trainer.epoch_seconds():7.1f}")
 
@@ -147,19 +154,48 @@ def calibrate_and_evaluate(prior, maps, device):
     plain = nats_per_code(prior, maps.test, maps.test_labels, device)
     N = len(maps.train_labels)
     rows = torch.linspace(0, N - 1, min(CALIBRATION_MAPS, N)).long()
-    scores = CALIBRATION_COPIES * maps.test[0].numel() * prior.num_codes
-    prior.calibrate(maps.train[0, rows], maps.train_labels[rows], items_that_fit(scores=scores))
+    prior.calibrate(maps.train[0, rows], maps.train_labels[rows], maps_that_fit(prior))
     calibrated = nats_per_code(prior, maps.test, maps.test_labels, device)
     if calibrated >= plain:
         prior.tail.zero_()
     return min(plain, calibrated)
 
 
-def draw_samples(prior, vqvae, seed, device):
-    """A hundred new images (100, C, H, W) in [-1, 1], equally many of each class."""
-    maps = samples.sample_maps(prior, samples.balanced_labels(prior.num_classes, 100), {},
-                               torch.Generator().manual_seed(seed), device)
-    return torch.cat([*samples.decode_batches(vqvae, maps, device)])
+def log_samples(trainer, vqvae, epoch):
+    """A grid of sampled images, as many as take a tenth of the epoch's time.
+
+    The other processes wait for it, but no longer than a tenth of their time limit.
+    """
+    prior, device, generator = trainer.model, trainer.args.device, torch.Generator().manual_seed(trainer.args.seed)
+    seconds = min(max(1, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
+    most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
+    maps, columns = samples.sample_columns(prior, most, seconds, generator, device)
+    images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps, device)]
+    tensorboard_logs.log_samples(trainer.writer, epoch, torch.cat(images), columns)
+
+
+# ---------------------------------------------------------------- what it will cost
+
+def random_batch(prior, rows, device):
+    """Maps (rows, h, w) with classes and shifts (rows,), as a training step takes them."""
+    maps = torch.randint(prior.num_codes, (rows, prior.height, prior.width), generator=torch.Generator())
+    return maps.to(device), *torch.zeros(2, rows, dtype=torch.int64, device=device)
+
+
+def describe_cost(trainer, vqvae, shape):
+    """What is printed before a training: the codes of an image, the time that it will take, how to shorten it."""
+    args, (h, w) = trainer.args, vqvae.map_size(*shape[1:])
+    rows = min(distributed.per_process_batch_size(args.batch_size), max(1, MEASURED_CODES // (h * w)))
+    seconds = cost.estimate_epoch_seconds(trainer, nats, random_batch(trainer.model, rows, args.device))
+    epochs = args.num_epochs - trainer.state.epoch + 1
+    line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
+            f"{epochs} epochs about {cost.duration(epochs * seconds)}.")
+    if epochs * seconds < LONG_TRAINING:
+        return line
+    fewer = 2 * vqvae.downsample
+    fits = fewer in DOWNSAMPLES and not (shape[1] % fewer or shape[2] % fewer)
+    return (f"{line} Less time take fewer --num-epochs, a smaller --width or --layers, a GPU with --device auto"
+            + f", or a VQ-VAE trained with --downsample {fewer}: a quarter of the codes" * fits + ".")
 
 
 # ---------------------------------------------------------------- data, model, optimizer
@@ -206,7 +242,8 @@ def build_trainer(args, files, source, saved=None):
                                   fused=args.device != "mps")
     steps = args.num_epochs * math.ceil(len(source.train_set) / args.batch_size)
     return Trainer(args, files, metadata, prior, optimizer, warm_up_then_cosine(optimizer, steps), generator,
-                   len(source.train_set), ("prior",), patience=PATIENCE, track=["  ".join(COLUMNS)])
+                   len(source.train_set), ("prior",), "--width or --layers", patience=PATIENCE,
+                   track=["  ".join(COLUMNS)])
 
 
 def warm_up_then_cosine(optimizer, steps):
@@ -279,13 +316,13 @@ def run(args, parser, argv):
         print(f"Training a prior on the codes of {path} for {source.dataset}: {len(source.train_set):,} images, "
               f"{len(source.test_set):,} to test" + distributed.describe_processes()
               + (f", from step {trainer.state.step:,} on." if args.resume else "."))
-        maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
-                           args.num_workers)
         if args.resume:
             trainer.note_environment()
         else:
-            batch = maps.train[0], maps.train_labels, torch.zeros_like(maps.train_labels)
-            trainer.choose_precision(nats, [tensor[:args.batch_size].to(args.device) for tensor in batch])
+            trainer.choose_precision(nats, random_batch(trainer.model, MEASURED_IMAGES, args.device))
+        print(describe_cost(trainer, source.vqvae, source.shape), flush=True)
+        maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
+                           args.num_workers)
         if distributed.is_main_process():
             with cli.errors_name_flag("--model", path):
                 prepare_folders(args, trainer.state, run_files)

@@ -11,12 +11,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK_SCORES = 2**20        # latent-code scores held in memory at once: 4 MiB of float32
+# Latent-code scores held in memory at once: 4 MiB of float32, which stay in a CPU's cache; 256 MiB on other devices,
+# where the time of starting an operation counts.
+BLOCK_SCORES = {"cpu": 2**20}
+BLOCK_SCORES_ELSEWHERE = 2**26
 REGISTER = 16               # float32 numbers in the widest register of a CPU
 KMEANS_ITERATIONS = 10
 EMA_DECAY = 0.99            # γ of appendix A.1
 LAPLACE = 1e-5              # ε of the smoothed cluster sizes; not in the paper, but in Sonnet's VectorQuantizerEMA
 
+INTEGERS = torch.uint8, torch.int16, torch.int32, torch.int64       # types of indices
 CODEBOOK_UPDATES = ("gradient", "ema")
 CODEBOOK_INITS = ("kmeans", "uniform")
 
@@ -43,9 +47,15 @@ def vq(inputs, codebook):
     if codebook.dim() != 2 or len(codebook) == 0 or inputs.shape[-1:] != codebook.shape[1:]:
         raise ValueError(f"inputs {tuple(inputs.shape)} and codebook {tuple(codebook.shape)} "
                          "do not fit: expected (..., D) and (K, D) with K > 0")
-    with torch.autocast(inputs.device.type, enabled=False):
-        K = len(codebook)
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()           # (N, D)
+    flat = inputs.reshape(-1, inputs.shape[-1])                       # (N, D)
+    search = _nearest_op if torch.compiler.is_compiling() else _nearest
+    return search(flat, codebook).view(inputs.shape[:-1])
+
+
+def _nearest(flat: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The index (N,) of the nearest of K codes to each of N vectors."""
+    with torch.autocast(flat.device.type, enabled=False):
+        K, flat = len(codebook), flat.float()
         offset = _shared_offset(flat)
         codes = codebook.float() - offset                             # (K, D)
         # argmin ‖z − e‖² = argmin ‖e‖² − 2 z·e, as one product of (z, 1) and (−2e, ‖e‖²): adding ‖e‖² afterwards would
@@ -54,7 +64,8 @@ def vq(inputs, codebook):
         # Padded to whole registers: a product's last columns may round differently from the others, and then equal
         # codes would not tie.
         weights = F.pad(weights, (0, 0, 0, -K % REGISTER)).T          # (D + 1, K + padding)
-        block = max(1, min(len(flat), BLOCK_SCORES // weights.shape[1]))              # rows
+        block_scores = BLOCK_SCORES.get(flat.device.type, BLOCK_SCORES_ELSEWHERE)
+        block = max(1, min(len(flat), block_scores // weights.shape[1]))              # rows
         augmented, scores = flat.new_ones(block, len(weights)), flat.new_empty(block, weights.shape[1])
         nearest = []
         for rows in flat.split(block):
@@ -63,7 +74,12 @@ def vq(inputs, codebook):
             torch.mm(augmented[:n], weights, out=scores[:n])
             # min(), not argmin(): it returns the first index as well, and is more than twice as fast on a CPU.
             nearest.append(scores[:n, :K].min(dim=1).indices)
-    return torch.cat(nearest).view(inputs.shape[:-1])
+    return torch.cat(nearest)
+
+
+# The same as one operation of a compiled graph, which would otherwise hold every block.
+_nearest_op = torch.library.custom_op("vector_quantizer::nearest", _nearest, mutates_args=())
+_nearest_op.register_fake(lambda flat, codebook: flat.new_empty(len(flat), dtype=torch.int64))
 
 
 def _shared_offset(latents):
@@ -182,10 +198,11 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices):
         """The codes (B, D, h, w) of a map of indices (B, h, w).
 
-        Raises ValueError if indices are not int32 or int64 (B, h, w) in [0, K).
+        Raises ValueError if indices are not integers (B, h, w) in [0, K).
         """
-        if indices.dim() != 3 or indices.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"indices are int64 (B, h, w), not {indices.dtype} {tuple(indices.shape)}")
+        if indices.dim() != 3 or indices.dtype not in INTEGERS:
+            raise ValueError(f"indices are integers (B, h, w), not {indices.dtype} {tuple(indices.shape)}")
+        indices = indices.long()
         if indices.numel() and not 0 <= indices.min() <= indices.max() < self.num_codes:
             raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {self.num_codes})")
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)

@@ -83,14 +83,14 @@ def to_model_range(images, device="cpu"):
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-def to_unit_range(images):
-    """Images in [-1, 1] → [0, 1], for display."""
-    return ((images + 1) / 2).clamp(0, 1)
+def to_bytes(images):
+    """Images in [-1, 1] → uint8 in [0, 255] on the CPU, for display."""
+    return ((images + 1) / 2).clamp(0, 1).mul(255).round().byte().cpu()
 
 
 def grid(images, columns=8, padding=2):
-    """Images (B, C, H, W) in [-1, 1] as one picture (3, ...) in [0, 1], row by row on black; a single one unframed."""
-    images, B = to_unit_range(images), len(images)
+    """uint8 images (B, C, H, W) as one picture (3, ...), row by row on black; a single one unframed."""
+    B = len(images)
     if B == 1:
         return images[0].expand(3, -1, -1)
     columns, rows = min(columns, B), math.ceil(B / columns)

@@ -3,7 +3,6 @@
 Letters: N images, B of them in a batch, S shifts, C channels, H×W pixels, h×w codes of one map.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,27 +10,32 @@ from tqdm import tqdm
 
 import data
 from utils import distributed
-from utils.memory import items_that_fit
+from utils.memory import images_that_fit
 
 
 class CodeMaps(NamedTuple):
-    """What a prior is trained and tested on."""
+    """What a prior is trained and tested on. The codes are of the smallest_type()."""
 
-    train: torch.Tensor             # (S, N, h, w) int64, for each shift of the training images
+    train: torch.Tensor             # (S, N, h, w), for each shift of the training images
     train_labels: torch.Tensor      # (N,)
     test: torch.Tensor              # (N', h, w)
     test_labels: torch.Tensor       # (N',)
 
 
+def smallest_type(num_codes):
+    """The smallest integer type of torch for codes from 0 to num_codes − 1. uint16 lacks too many operations."""
+    return torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
+
+
 @torch.no_grad()
 def encode(model, batches, device, bar=None):
-    """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels).
+    """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels), of the smallest_type().
 
     The model is in evaluation mode. bar, such as a tqdm, is advanced by update(n) after every n images.
     """
-    maps = []
+    maps, dtype = [], smallest_type(model.quantizer.num_codes)
     for images, _ in batches:
-        maps.append(model.encode(data.to_model_range(images, device)).cpu())
+        maps.append(model.encode(data.to_model_range(images, device)).to(dtype).cpu())
         if bar is not None:
             bar.update(len(images))
     return torch.cat(maps)
@@ -42,16 +46,19 @@ def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
 
     Of several processes each encodes its shard, and all get the complete maps.
     """
-    batch_size = items_that_fit(pixels=math.prod(train_set.shape[1:]))
+    (H, W), dtype = train_set.shape[1:], smallest_type(model.quantizer.num_codes)
+    batch_size = images_that_fit(H, W, model.quantizer.dim)
     train_shard, test_shard = distributed.shard(train_set), distributed.shard(test_set)
     with tqdm(total=len(offsets) * len(train_shard) + len(test_shard), desc="encoding", unit="img", unit_scale=True,
               leave=False, disable=distributed.hide_progress_bar()) as bar:
-        train = [[] for _ in offsets]
+        train, rows = torch.empty(len(offsets), len(train_shard), *model.map_size(H, W), dtype=dtype), 0
         for images, labels in data.batches(train_shard, batch_size, None, num_workers):       # each image is read once
             for maps, (dy, dx) in zip(train, offsets):
-                maps.append(encode(model, [(shift_images(images, dy, dx), labels)], device, bar))
+                maps[rows:rows + len(images)] = encode(model, [(shift_images(images, dy, dx), labels)], device, bar)
+            rows += len(images)
         test = encode(model, data.batches(test_shard, batch_size, None, num_workers), device, bar)
-        train = torch.stack([distributed.gather_rows(torch.cat(maps), len(train_set)) for maps in train])
+        if distributed.world_size() > 1:
+            train = torch.stack([distributed.gather_rows(maps, len(train_set)) for maps in train])
         return CodeMaps(train, train_set.labels, distributed.gather_rows(test, len(test_set)), test_set.labels)
 
 

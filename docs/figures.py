@@ -132,7 +132,7 @@ def label(text, width, height, size=LABEL_SIZE):
 
 def to_bytes(images):
     """Images in [-1, 1] → uint8 arrays of the same shape."""
-    return data.to_unit_range(images).mul(255).round().byte().numpy()
+    return data.to_bytes(images).numpy()
 
 
 # ---------------------------------------------------------------- the shipped model
@@ -190,7 +190,7 @@ def draw_samples(model, prior):
     maps = samples.sample_maps(prior, samples.balanced_labels(prior.num_classes, 10 * prior.num_classes),
                                {"temperature": 1.0, "top_k": None, "guidance": 1.0},
                                torch.Generator().manual_seed(0), "cpu")
-    pixels = data.grid(model.decode(maps), columns=10, padding=GRID_PADDING)[0].mul(255).round().byte().numpy()
+    pixels = data.grid(data.to_bytes(model.decode(maps)), columns=10, padding=GRID_PADDING)[0].numpy()
     grid = enlarge(Image.fromarray(pixels), GRID_SCALE)
     margin = side = grid.height // prior.num_classes
     picture = Image.new("L", (margin + grid.width, margin + grid.height), "white")

@@ -5,7 +5,7 @@ import torch
 from data import to_model_range
 from modules import Losses, vqvae_losses
 from utils import distributed
-from utils.memory import items_that_fit
+from utils.memory import maps_that_fit
 
 
 def code_counts(indices, num_codes):
@@ -53,7 +53,7 @@ def nats_per_code(prior, maps, labels, device):
     """
     was_training, shard = prior.training, distributed.shard_slice()
     prior.eval()
-    batch_size = items_that_fit(scores=maps[0].numel() * prior.num_codes)
+    batch_size = maps_that_fit(prior)
     total = sum(prior.log_prob(map_batch.to(device), label_batch.to(device)).cpu().double().sum().item()
                 for map_batch, label_batch in zip(maps[shard].split(batch_size), labels[shard].split(batch_size)))
     prior.train(was_training)

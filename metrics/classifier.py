@@ -6,6 +6,7 @@ Letters: B images, H×W pixels.
 from torch import nn
 
 FEATURES = 128
+HIDDEN_SIZE = 96            # numbers that its largest layers hold for a pixel
 
 
 class DigitClassifier(nn.Module):

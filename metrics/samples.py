@@ -3,13 +3,15 @@
 Letters: N images, B of them in a batch, h×w codes of one map, F features of the classifier.
 """
 
-import math
+import time
 from typing import NamedTuple
 
 import torch
 
 from data import to_model_range
-from utils.memory import items_that_fit
+from data.code_maps import smallest_type
+from metrics.classifier import HIDDEN_SIZE
+from utils.memory import images_that_fit, samples_that_fit
 
 
 class Predictions(NamedTuple):
@@ -37,36 +39,62 @@ def balanced_labels(num_classes, count):
 
 def real_batches(images, device):
     """uint8 images (N, 1, H, W) in [-1, 1], a batch at a time."""
-    batch_size = items_that_fit(pixels=math.prod(images.shape[2:]))
+    batch_size = images_that_fit(*images.shape[2:], HIDDEN_SIZE)
     return (to_model_range(batch, device) for batch in images.split(batch_size))
 
 
 def decode_batches(model, maps, device):
     """The images of code maps (N, h, w), a batch at a time."""
-    batch_size = items_that_fit(pixels=math.prod(model.image_size(*maps.shape[1:])))
+    batch_size = images_that_fit(*model.image_size(*maps.shape[1:]), model.quantizer.dim)
     return (model.decode(batch.to(device)) for batch in maps.split(batch_size))
 
 
 @torch.no_grad()
 def sample_maps(prior, labels, sampling, generator, device, bar=None):
-    """A code map for each of labels (N,), on the CPU: (N, h, w).
+    """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_type().
 
     sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
     """
-    maps = []
-    for batch in labels.split(items_that_fit(scores=prior.height * prior.width * prior.num_codes)):
-        maps.append(prior.sample(batch.to(device), **sampling, generator=generator).cpu())
+    maps, dtype = [], smallest_type(prior.num_codes)
+    for batch in labels.split(samples_that_fit(prior)):
+        maps.append(prior.sample(batch.to(device), **sampling, generator=generator).to(dtype).cpu())
         if bar is not None:
             bar.update(len(batch))
     return torch.cat(maps)
 
 
+def sample_columns(prior, most, seconds, generator, device):
+    """Sample columns of code maps, one row for each of ten classes, until `most` maps are there or the time is up.
+
+    → maps (rows · columns, h, w), on the CPU, row by row; the number of columns. Raises RuntimeError if the time is too
+    short for one column.
+    """
+    start, columns, rows = time.perf_counter(), [], min(10, most, samples_that_fit(prior))
+    labels = balanced_labels(prior.num_classes, rows).to(device)
+    while not columns or (len(columns) < most // rows and (
+            time.perf_counter() - start) * (1 + 1 / len(columns)) < seconds):
+        codes = []
+        for code in prior.sample_in_order(labels, generator=generator):
+            codes.append(code.cpu())        # waits for the device, so that the clock is right
+            if not columns and time.perf_counter() - start > seconds:
+                raise RuntimeError(f"{rows} of them take longer than {seconds:.0f} s, a tenth of an epoch: "
+                                   "--sample-every 0 leaves them out")
+        columns.append(torch.stack(codes, dim=1))                     # (rows, T)
+    return torch.stack(columns, dim=1).view(-1, prior.height, prior.width), len(columns)
+
+
 @torch.no_grad()
 def noise_maps(model, count, height, width, generator, device):
-    """The codes nearest to Gaussian noise, as the published sampling draws them, on the CPU: (count, h, w)."""
-    z = torch.randn(count, model.quantizer.dim, height, width, generator=generator)
-    batch_size = items_that_fit(pixels=math.prod(model.image_size(height, width)))
-    return torch.cat([model.quantizer(batch.to(device)).indices.cpu() for batch in z.split(batch_size)])
+    """The codes nearest to Gaussian noise, as the published sampling draws them, on the CPU: (count, h, w).
+
+    They are of the smallest_type().
+    """
+    batch_size = images_that_fit(*model.image_size(height, width), model.quantizer.dim)
+    maps = []
+    for rows in torch.arange(count).split(batch_size):
+        z = torch.randn(len(rows), model.quantizer.dim, height, width, generator=generator)
+        maps.append(model.quantizer(z.to(device)).indices.to(smallest_type(model.quantizer.num_codes)).cpu())
+    return torch.cat(maps)
 
 
 def frechet_distance(one, other):
@@ -88,6 +116,6 @@ def frechet_distance(one, other):
 
 
 def memorised_share(maps, training_maps):
-    """The share of maps (N, h, w) that are, code for code, among training_maps (M, h, w)."""
+    """The share of maps (N, h, w) that are, code for code, among training_maps (M, h, w), of the same integer type."""
     known = {row.tobytes() for row in training_maps.flatten(1).numpy()}
     return sum(row.tobytes() in known for row in maps.flatten(1).numpy()) / len(maps)

@@ -1,14 +1,19 @@
 """Distributed training: against one process, with uneven data, and with a changing number of processes."""
 
+import shutil
 import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 from distributed_helpers import PRIOR, RESUME, VQVAE, assert_test_loss_is_exact, run_processes, train_processes
+from helpers import import_script
 from test_resume import differences
 
 import checkpoint
 from modules import VectorQuantizedVAE
+from prior import CodePrior
 from utils import distributed, tensorboard_logs
 
 pytestmark = pytest.mark.rounding
@@ -105,6 +110,29 @@ def test_distributed_prior_training_matches_single_process(mnist_folder, tmp_pat
     assert len(expected["steps"]) == 20
     assert_same_steps(expected["steps"], actual["steps"])
     assert expected["progress"]["best"] == pytest.approx(actual["progress"]["best"], rel=1e-3)
+
+
+def sample_slowly(*arguments):
+    """Train a prior whose samples would take longer than the processes wait for each other."""
+    distributed.TIMEOUT, sample = timedelta(seconds=60), CodePrior.sample_in_order
+
+    def slowly(*args, **kwargs):
+        for codes in sample(*args, **kwargs):
+            time.sleep(2)                       # 49 times
+            yield codes
+
+    CodePrior.sample_in_order = slowly
+    import_script("train_prior.py").main([str(argument) for argument in arguments])
+
+
+def test_samples_that_take_too_long_keep_no_process_waiting(trained, mnist_folder, tmp_path):
+    (tmp_path / "models" / "run").mkdir(parents=True)
+    shutil.copy(trained / "models" / "run" / "best.pt", tmp_path / "models" / "run")
+    codes, output = run_processes(2, tmp_path, sample_slowly, *PRIOR[1:], "--data-folder", mnist_folder, "--shift", 0)
+    assert codes == [0, 0], output
+    assert output.count("Not logged: samples (10 of them take longer than") == 2, output
+    folder = tmp_path / "models" / "run"
+    assert checkpoint.load_prior(folder / "prior-last.pt", folder / "best.pt")[1]["epoch"] == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")

@@ -39,14 +39,22 @@ def assert_one_line_error(result, *words):
         assert word in result.stderr, result.stderr
 
 
-def test_out_of_memory_error_names_the_batch_size():
-    with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), \
-            interruptions.explain_errors(600):
-        torch.empty(2**58)
-    with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out"), interruptions.explain_errors(600):
-        raise MemoryError
-    with pytest.raises(RuntimeError, match="must match the size"), interruptions.explain_errors(600):
+def test_out_of_memory_error_names_what_asked_for_memory(tmp_path):
+    def out_of_memory():
+        return "--batch-size 600: memory has run out"
+
+    for allocate in (lambda: torch.empty(2**58), lambda: [None] * 2**60):
+        with pytest.raises(ValueError, match=r"^--batch-size 600: memory has run out$"), \
+                interruptions.explain_errors(out_of_memory):
+            allocate()
+    with pytest.raises(RuntimeError, match="must match the size"), interruptions.explain_errors(out_of_memory):
         torch.zeros(2) + torch.zeros(3)         # a bug is not hidden
+    for batch_size, in_step, parts in ((8, True, ("--batch-size 8", "a training step", "choose a smaller one")),
+                                       (1, True, ("--batch-size 1", "a training step", "smaller --hidden-size or --k")),
+                                       (8, False, ("the test after epoch 1", "smaller --hidden-size or --k"))):
+        trainer = build_trainer(tmp_path, "--dataset", "MNIST-10k", "--batch-size", batch_size)[1]
+        trainer.in_step = in_step
+        assert all(part in trainer.out_of_memory() for part in parts), trainer.out_of_memory()
 
 
 # ---------------------------------------------------------------- save first, log later
@@ -82,7 +90,8 @@ def test_failing_evaluation_loses_no_step_of_its_epoch(mnist_folder, tmp_path):
     assert run_script(*run, cwd=tmp_path / "uninterrupted").returncode == 0
     folder = tmp_path / "interrupted"
     result = run_script(*run, cwd=folder, prepare=break_evaluation)
-    assert_one_line_error(result, "--batch-size 20: memory has run out", f"{LAST} is intact, with more memory resume")
+    assert_one_line_error(result, "memory has run out in the test after epoch 1: choose a smaller --hidden-size or --k",
+                          f"{LAST} is intact, with more memory resume")
     assert torch.load(folder / LAST, weights_only=True)["step"] == 30       # all of the first epoch
     assert run_script(*RESUME, cwd=folder).returncode == 0
     assert_same_run(tmp_path / "uninterrupted", folder)

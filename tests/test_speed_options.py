@@ -138,7 +138,7 @@ def test_amp_step_is_close_to_float32_step(tmp_path):
     results = []
     for flags in ((), ("--amp",)):
         trainer, batches = train_steps(tmp_path, *flags, num_steps=0)
-        results.append(trainer.eager(batches.shown[:16])[0])
+        results.append(trainer.eager(data.to_model_range(batches.shown[:16]))[0])
     expected, losses = torch.stack(results[0]), torch.stack(results[1])
     assert not torch.equal(losses, expected)
     torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
@@ -197,8 +197,9 @@ def test_amp_is_used_only_if_faster_and_kept_on_resume(script, trained, mnist_fo
         if script == "train_prior.py":
             shutil.copy(trained / "models" / "run" / "best.pt", tmp_path / name / "models" / "run")
         monkeypatch.chdir(tmp_path / name)
-        monkeypatch.setattr(speed, "measure_step_seconds",
-                            lambda step, _, slow=bfloat16_seconds: step().backward() or (1.5, slow))
+        seconds = {False: 1.5, True: bfloat16_seconds}
+        monkeypatch.setattr(speed, "measure_step_seconds", lambda step, _, dtypes=(False, True), *__, seconds=seconds:
+                            step().backward() or [seconds[dtype] for dtype in dtypes])
         main([*flags, "--dataset", "MNIST", "--data-folder", str(mnist_folder), "--batch-size", "300",
               "--num-epochs", "1", *["--amp"] * (name != "plain")])
         output, line = capsys.readouterr().out, "--amp: training in {}, since a small step took"
@@ -207,8 +208,9 @@ def test_amp_is_used_only_if_faster_and_kept_on_resume(script, trained, mnist_fo
         checkpoints[name] = torch.load(last, weights_only=True)
         assert checkpoints[name]["training"]["bfloat16"] is (name == "faster")
         if name != "plain":     # a resumed run does not measure again
-            monkeypatch.setattr(speed, "measure_step_seconds", lambda *_: 1 / 0)
-            main(["--resume", *flags[:2], "--num-epochs", "2", "--amp"])
+            with monkeypatch.context() as patch:
+                patch.setattr(speed, "choose_bfloat16", lambda *_: 1 / 0)
+                main(["--resume", *flags[:2], "--num-epochs", "2", "--amp"])
             training = torch.load(last, weights_only=True)["training"]
             assert training["bfloat16"] is (name == "faster") and training["settings"]["amp"] is True
             output = capsys.readouterr().out

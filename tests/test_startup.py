@@ -70,7 +70,7 @@ def test_parser_choices_match_the_code():
     script = import_script("VQ-VAE.py")
     assert script.CODEBOOK_UPDATES == vector_quantizer.CODEBOOK_UPDATES
     assert script.CODEBOOK_INITS == vector_quantizer.CODEBOOK_INITS
-    assert script.DOWNSAMPLE == modules.DOWNSAMPLE and script.LARGEST_SIDE == checkpoint.LARGEST_SIDE
+    assert script.DOWNSAMPLES == modules.DOWNSAMPLES and script.LARGEST_SIDE == checkpoint.LARGEST_SIDE
     assert set(arguments.DIGIT_SETS) <= set(arguments.DATASETS)
 
 

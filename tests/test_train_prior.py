@@ -14,6 +14,7 @@ from PIL import Image
 import checkpoint
 import data
 from data.code_maps import CodeMaps, offsets_up_to, shift_images
+from utils.memory import samples_that_fit
 
 SMALL_FLAGS = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "32", "--heads", "4", "--num-epochs", "2",
                "--batch-size", "64", "--shift", "0")
@@ -150,7 +151,8 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
 
     generator, labels = torch.Generator().manual_seed(1), torch.arange(10).repeat_interleave(60)
     with torch.no_grad():
-        maps = torch.cat([prior.sample(chunk, 0.8, generator=generator) for chunk in labels.split(500)])
+        maps = torch.cat([prior.sample(chunk, 0.8, generator=generator)
+                          for chunk in labels.split(samples_that_fit(prior))])
         training_maps = {tuple(row) for row in model.encode(data.to_model_range(train_set.images)).flatten(1).tolist()}
         samples = model.decode(maps)
         sample_accuracy = accuracy(samples, labels)

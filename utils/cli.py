@@ -13,7 +13,8 @@ from utils import arguments, interrupt
 MAX_MESSAGE = 2000          # characters; text from a damaged file can be of any length
 RUN_NAME_ARGUMENTS = ("help", "output_folder", "model", "resume", "overwrite")
 # May be given anew with --resume: they do not change what a step learns.
-CHANGEABLE_ARGUMENTS = ("num_epochs", "device", "data_folder", "num_workers", "save_every", "compile")
+CHANGEABLE_ARGUMENTS = ("num_epochs", "device", "data_folder", "num_workers", "save_every", "keep_every",
+                        "sample_every", "compile")
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +94,7 @@ class Parser(argparse.ArgumentParser):
     def bad_input_in_one_line(self):
         """The one place where an error raised about bad input becomes a message."""
         from utils import distributed  # imports torch, as the script has by now
+        from utils.memory import is_out_of_memory
 
         with interrupt.as_exception():
             try:
@@ -101,10 +103,14 @@ class Parser(argparse.ArgumentParser):
                     sys.stdout.flush()
             except (OSError, ValueError) as error:
                 self.error(describe_error(error), distributed.should_report_error())
-            except RuntimeError as error:
-                if not distributed.is_peer_failure(error):
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    message = "memory has run out: close other programs, or take a machine with more"
+                elif distributed.is_peer_failure(error):
+                    message = distributed.describe_peer_failure(error)
+                else:
                     raise
-                self.error(distributed.describe_peer_failure(error), distributed.should_report_error())
+                self.error(message, distributed.should_report_error())
             except KeyboardInterrupt:
                 former = signal.signal(signal.SIGINT, signal.SIG_IGN)           # a second one is too late
                 try:

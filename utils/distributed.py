@@ -240,9 +240,9 @@ def gather_rows(rows, total):
     """A tensor (total, ...) from each process's shard_slice() of it."""
     if world_size() == 1:
         return rows
-    gathered = rows.new_zeros(total, *rows.shape[1:])
+    gathered = rows.new_zeros(total, *rows.shape[1:], dtype=torch.int32 if rows.dtype == torch.int16 else rows.dtype)
     gathered[shard_slice()] = rows
-    return all_reduce_sum(gathered)
+    return all_reduce_sum(gathered).to(rows.dtype)      # gloo does not add 16-bit integers
 
 
 # ---------------------------------------------------------------- a training step

@@ -3,10 +3,9 @@
 import signal
 from contextlib import contextmanager
 
-import torch
-
 from utils import distributed
 from utils.cli import describe_error
+from utils.memory import is_out_of_memory
 
 
 class StopSignals:
@@ -35,10 +34,10 @@ class StopSignals:
 
 
 @contextmanager
-def explain_errors(batch_size, files=None):
+def explain_errors(out_of_memory, files=None):
     """Turn a system error in the body (OSError, out of memory) into a ValueError with what is saved and how to resume.
 
-    files: the RunFiles, once the training writes them.
+    out_of_memory() → what has asked for memory, and what would need less. files: the RunFiles, once they are written.
     """
     def stopped(why):
         saved = (f"{files.last} is intact, resume with: {files.resume_command}" if files and files.last.is_file() else
@@ -52,9 +51,9 @@ def explain_errors(batch_size, files=None):
     except (RuntimeError, MemoryError) as error:        # torch raises RuntimeError for lack of memory, among others
         if distributed.is_peer_failure(error):
             raise stopped(distributed.describe_peer_failure(error)) from error
-        if not isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        message = f"--batch-size {batch_size}: memory has run out, choose a smaller one"
+        message = out_of_memory()
         if files and files.last.is_file():
             message += f"; {files.last} is intact, with more memory resume with: {files.resume_command}"
         raise ValueError(message) from error

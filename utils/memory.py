@@ -1,13 +1,30 @@
 """One budget of memory for all batches outside of training steps: evaluation, encoding, decoding, samples, pictures."""
 
-BUDGET = 500 * 28**2 * 32       # float32 numbers, 50 MB: 500 images of MNIST, or as many of its code maps at K = 512
-NUMBERS_PER_PIXEL = 32          # of an image in the largest layers of the network
+import torch
+
+BUDGET = 39_680_000         # float32 numbers, 159 MB: what 500 maps take that are sampled from the shipped prior
 
 
-def items_that_fit(pixels=0, scores=0):
-    """How many items to take at once, at least one.
+def items_that_fit(numbers):
+    """How many items to take at once, at least one, if each needs so many float32 numbers."""
+    return max(1, BUDGET // numbers)
 
-    pixels: H·W of an item that passes the encoder or the decoder; scores: the numbers that an item needs otherwise,
-    such as the K logits of each of a map's codes.
-    """
-    return max(1, BUDGET // max(1, NUMBERS_PER_PIXEL * pixels, scores))
+
+def images_that_fit(height, width, hidden_size):
+    """How many images of so many pixels pass a network of this hidden size at once, without gradients."""
+    return items_that_fit(height * width * (hidden_size + 10))       # measured at 512×512: 50 a pixel for D = 40
+
+
+def maps_that_fit(prior):
+    """How many code maps a CodePrior takes at once, without gradients: attention and perceptron hold 12·E a code."""
+    return items_that_fit(12 * prior.positions.numel())
+
+
+def samples_that_fit(prior):
+    """How many code maps are sampled at once: their keys and values in all blocks, and the scores of the next code."""
+    return items_that_fit(2 * len(prior.blocks) * prior.positions.numel() + 8 * prior.num_codes)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out. torch raises a RuntimeError for that on a CPU."""
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

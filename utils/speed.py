@@ -1,6 +1,7 @@
 """Speed-ups of a training step that change its results only by rounding."""
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -44,17 +45,18 @@ def bfloat16_support(device):
     return True if features.get("amx_bf16") or features.get("avx512_bf16") else None
 
 
-def measure_step_seconds(step, device, seconds=MEASURE_SECONDS):
-    """→ the seconds of step(), which returns a loss, and its backward pass: in float32, and with bfloat16 autocast.
+def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE_SECONDS):
+    """→ the seconds of step(), which returns a loss, and its backward pass, for each of precisions: without and with
+    bfloat16 autocast.
 
     The minimum of each, measured in turn for about so many seconds in all, but at least MIN_ROUNDS times: the first one
     warms up. No random state changes.
     """
-    kind, best, start, rounds = torch.device(device).type, [float("inf")] * 2, time.perf_counter(), 0
+    kind, best, start, rounds = torch.device(device).type, dict.fromkeys(precisions, math.inf), time.perf_counter(), 0
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(kind, lambda: None)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
         while rounds < MIN_ROUNDS or time.perf_counter() - start < seconds:
-            for amp in (False, True):
+            for amp in precisions:
                 begin = time.perf_counter()
                 with torch.autocast(kind, torch.bfloat16, enabled=amp):
                     loss = step()
@@ -62,7 +64,7 @@ def measure_step_seconds(step, device, seconds=MEASURE_SECONDS):
                 synchronize()
                 best[amp] = min(best[amp], time.perf_counter() - begin)
             rounds += 1
-    return best
+    return list(best.values())
 
 
 def choose_bfloat16(step, device):

@@ -9,6 +9,7 @@ import shutil
 import threading
 import warnings
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from data import grid, to_unit_range
+from data import grid, to_bytes, to_model_range
 from metrics import perplexity
 from modules import Losses
 from utils.files import remove_temporary_files, write_atomically
-from utils.memory import items_that_fit
+from utils.memory import images_that_fit
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
@@ -33,6 +34,10 @@ LOGGED_BY_STEP = ("loss/train/", "lr")      # tags; all others are logged by epo
 LOGGED_ONCE = ("final/", "_hparams_/", CONFIG_SUMMARY_TAG)
 EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
+GRID_PIXELS = 2**20             # of the images in a grid, together
+THUMBNAIL = 32                  # pixels: the largest side of a code's image in the projector, and in the graph
+PROJECTOR_CODES = 4096          # the most codes in the projector
+HISTOGRAM_BARS = 1024           # the most of them
 # Charts of several curves each. A folder has one layout, and may hold the logs of a VQ-VAE and of its prior.
 CHARTS = {
     "losses": {f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
@@ -152,27 +157,35 @@ def log_epoch(writer, epoch, test_losses, test_counts, train_counts, restarts):
         writer.add_scalar(f"{family}/used", (counts > 0).sum(), epoch)
     writer.add_scalar("codebook/restarts", restarts, epoch)
     numbers = torch.arange(len(test_counts))
+    bars = test_counts.split(-(-len(test_counts) // HISTOGRAM_BARS))          # a code each, of large codebooks several
     writer.add_histogram_raw("codebook/use", min=0, max=len(numbers) - 1, num=test_counts.sum().item(),
                              sum=(test_counts * numbers).sum().item(),
                              sum_squares=(test_counts * numbers**2).sum().item(),
-                             bucket_limits=(numbers + 0.5).tolist(), bucket_counts=test_counts.tolist(),
-                             global_step=epoch)
+                             bucket_limits=[limit - 0.5 for limit in accumulate(len(bar) for bar in bars)],
+                             bucket_counts=[bar.sum().item() for bar in bars], global_step=epoch)
+
+
+def images_in_grid(most, height, width):
+    """How many images of so many pixels a grid shows: at most `most`, of large images fewer, but four of any size."""
+    return min(most, max(4, GRID_PIXELS // (height * width)))
 
 
 @torch.no_grad()
 def log_images(writer, model, images, epoch):
-    """The reconstructions of images (B, C, H, W); in epoch 0 the originals and the model's graph too.
+    """The reconstructions of uint8 images (B, C, H, W); in epoch 0 the originals and the model's graph too.
 
     Leaves the model in evaluation mode.
     """
     model.eval()
+    device, (H, W) = next(model.parameters()).device, images.shape[2:]
     if epoch == 0:
         writer.add_image("images/original", grid(images, GRID_COLUMNS, GRID_PADDING), 0)
         with warnings.catch_warnings():     # the tracer warns of every shape that Python reads
             warnings.simplefilter("ignore")
-            writer.add_graph(model, images[:1])
-    reconstruction = model(images).reconstruction
-    writer.add_image("images/reconstruction", grid(reconstruction, GRID_COLUMNS, GRID_PADDING), epoch)
+            writer.add_graph(model, to_model_range(images[:1, :, :min(H, THUMBNAIL), :min(W, THUMBNAIL)], device))
+    reconstructions = [to_bytes(model(to_model_range(batch, device)).reconstruction)
+                       for batch in images.split(images_that_fit(H, W, model.quantizer.dim))]
+    writer.add_image("images/reconstruction", grid(torch.cat(reconstructions), GRID_COLUMNS, GRID_PADDING), epoch)
 
 
 @torch.no_grad()
@@ -180,15 +193,19 @@ def log_codebook(writer, model, counts, shape, epoch):
     """The codebook in the embedding projector, each code with its use and the image that it decodes to.
 
     That image is the decoder's for a map of this code alone. It is square, as the projector needs: of images (C, H, W)
-    the shorter side. Leaves the model in evaluation mode.
+    the shorter side, at most THUMBNAIL pixels. Of more than PROJECTOR_CODES codes, those used most. Leaves the model in
+    evaluation mode.
     """
     model.eval()
-    codebook, (side, _) = model.quantizer.codebook.detach(), model.map_size(min(shape[1:]), min(shape[1:]))
-    indices = torch.arange(len(codebook), device=codebook.device)
-    pictures = [to_unit_range(model.decode(batch.view(-1, 1, 1).expand(-1, side, side))).cpu()
-                for batch in indices.split(items_that_fit(pixels=min(shape[1:])**2))]     # (K, C, side, side) in all
-    writer.add_embedding(codebook.cpu(), metadata=list(enumerate(counts.tolist())), metadata_header=["code", "used"],
-                         label_img=torch.cat(pictures), global_step=epoch, tag=EMBEDDING_TAG)
+    side = min(*shape[1:], THUMBNAIL)
+    h, w = model.map_size(side, side)
+    codebook = model.quantizer.codebook.detach()
+    codes = counts.topk(min(len(counts), PROJECTOR_CODES)).indices.sort().values
+    pictures = [model.decode(batch.to(codebook.device).view(-1, 1, 1).expand(-1, h, w)).cpu()
+                for batch in codes.split(images_that_fit(side, side, model.quantizer.dim))]
+    writer.add_embedding(codebook[codes.to(codebook.device)].cpu(), tag=EMBEDDING_TAG, global_step=epoch,
+                         metadata=list(zip(codes.tolist(), counts[codes].tolist())), metadata_header=["code", "used"],
+                         label_img=(torch.cat(pictures) + 1) / 2)
 
 
 def log_hparams(writer, settings, test_losses, counts):
@@ -207,6 +224,6 @@ def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):
     writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
 
 
-def log_samples(writer, epoch, images):
-    """A grid of sampled images (100, C, H, W)."""
-    writer.add_image("prior/samples", grid(images, columns=10), epoch)
+def log_samples(writer, epoch, images, columns):
+    """A grid of sampled uint8 images (B, C, H, W)."""
+    writer.add_image("prior/samples", grid(images, columns), epoch)

@@ -96,7 +96,8 @@ def check_metadata(expected, saved):
         if name == "dataset" and isinstance(value, dict) and isinstance(found, dict) and "folder" in value:
             if {**found, "folder": None} != {**value, "folder": None}:      # it may have been moved
                 raise ValueError(f"the images in {value['folder']} are not those that the run began with")
-        elif found != value:
+        # A setting that an older file does not have was its default then, as it is now.
+        elif found != value and not (name == "config" and isinstance(found, dict) and {**value, **found} == value):
             raise ValueError(f"its {name} is not the one that its settings say: the file is damaged")
 
 

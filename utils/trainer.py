@@ -41,26 +41,28 @@ class RunFiles(NamedTuple):
     logs: Path                  # TensorBoard's folder
     log_suffix: str             # of its event files
     resume_command: str
-    every_epoch: str = ""       # the model after each epoch, a path with {} for its number
+    every_epoch: str = ""       # the model after every --keep-every epochs, a path with {} for the epoch
 
 
 class Trainer:
     """A training under way: model, optimizer, schedule, data order and state.
 
     args: the script's arguments; metadata: what its checkpoints hold beside the weights; generator: draws the data's
-    order; num_images: the size of the training set; loss_names: of the losses given to after_step(); step_tag: what
-    their TensorBoard tags begin with, or None if they are logged by epoch alone; patience: after how many epochs
-    without a lower test loss it stops; totals: tensors of TrainState that are summed over an epoch.
+    order; num_images: the size of the training set; loss_names: of the losses given to after_step(); size_flags: the
+    arguments on which the memory of an item depends; step_tag: what the losses' TensorBoard tags begin with, or None if
+    they are logged by epoch alone; patience: after how many epochs without a lower test loss it stops; totals: tensors
+    of TrainState that are summed over an epoch.
     """
 
     def __init__(self, args, files, metadata, model, optimizer, schedule, generator, num_images, loss_names,
-                 step_tag=None, patience=math.inf, **totals):
-        self.args, self.files, self.metadata, self.model = args, files, metadata, model
+                 size_flags, step_tag=None, patience=math.inf, **totals):
+        self.args, self.files, self.metadata, self.model, self.size_flags = args, files, metadata, model, size_flags
         self.optimizer, self.schedule, self.generator = optimizer, schedule, generator
         self.num_images, self.loss_names, self.step_tag, self.patience = num_images, loss_names, step_tag, patience
         self.writer = self.bar = None
         self.steps_per_epoch = math.ceil(num_images / args.batch_size)
         self.bfloat16 = args.amp                                      # until choose_precision()
+        self.in_step = True                                           # else an epoch is tested
         self.environments = [environment(args.device)]                # at the start, and after each change
         speed.keep_freed_memory()
         L, sums_device = len(loss_names), "cpu" if args.device == "mps" else args.device      # MPS has no float64
@@ -77,7 +79,7 @@ class Trainer:
         A system error becomes a ValueError that says what is saved and how to resume.
         """
         writer = tensorboard_logs.open_writer(self.files.logs, self.files.log_suffix)
-        with StopSignals() as self.signals, explain_errors(self.args.batch_size, self.files), \
+        with StopSignals() as self.signals, explain_errors(self.out_of_memory, self.files), \
                 distributed.main_process_only(writer) as self.writer:
             try:
                 yield
@@ -104,10 +106,12 @@ class Trainer:
         state = self.state
         with tqdm(total=self.num_images, initial=state.images, desc=f"epoch {state.epoch}/{self.args.num_epochs}",
                   unit="img", unit_scale=True, leave=False, disable=distributed.hide_progress_bar()) as self.bar:
+            self.in_step = True
             for number, batch in enumerate(batches):
                 if number >= state.batches:
                     self.lr = self.schedule.get_last_lr()[0]
                     yield batch
+        self.in_step = False
         self.save_checkpoint()          # before the epoch is tested and logged, which may fail
 
     def after_step(self, losses, code_counts=None):
@@ -134,7 +138,8 @@ class Trainer:
         self.stop_if_asked()
 
     def save_epoch(self, test_loss, test):
-        """Write the model of the epoch: as `best` if its test loss is the lowest so far, and into `every_epoch` if set.
+        """Write the model of the epoch: as `best` if its test loss is the lowest so far, and into `every_epoch` if set,
+        after every --keep-every epochs.
 
         test: the test figures for the checkpoint, as plain values.
         """
@@ -147,7 +152,7 @@ class Trainer:
                         "test": test}
             if better:
                 checkpoint.save(self.files.best, contents)
-            if self.files.every_epoch:
+            if self.files.every_epoch and self.args.keep_every and state.epoch % self.args.keep_every == 0:
                 checkpoint.save(Path(self.files.every_epoch.format(state.epoch)), contents)
 
     def epoch_seconds(self):
@@ -165,8 +170,17 @@ class Trainer:
         """The body is optional: if it fails, mostly for lack of memory, one line says so and the training continues."""
         try:
             yield
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ValueError) as error:
             tqdm.write(f"Not logged: {what} ({speed.first_line(error)}); the training continues", file=sys.stderr)
+
+    def out_of_memory(self):
+        """The message for lack of memory: what has asked for it, and what would need less."""
+        flag, smaller = f"--batch-size {self.args.batch_size}", f"choose a smaller {self.size_flags}"
+        if not self.in_step:
+            return f"memory has run out in the test after epoch {self.state.epoch}: {smaller}"
+        if self.args.batch_size == distributed.world_size():
+            return f"memory has run out in a training step of {flag}: {smaller}"
+        return f"{flag}: memory has run out in a training step, choose a smaller one"
 
     def done(self):
         return self.state.epoch > self.args.num_epochs or self.should_stop_early()
@@ -191,7 +205,7 @@ class Trainer:
         # A copy, so that the model does not change; in evaluation mode, so that SyncBatchNorm waits for no process.
         model = copy.deepcopy(self.model).eval()
         rows = min(MEASURED_IMAGES, self.args.batch_size)
-        with explain_errors(self.args.batch_size):
+        with explain_errors(self.out_of_memory):
             chosen, line = speed.choose_bfloat16(lambda: compute_loss(model, *(tensor[:rows] for tensor in batch)),
                                                  self.args.device)
         self.bfloat16 = distributed.all_reduce_max(int(chosen and distributed.is_main_process())) == 1
