@@ -84,6 +84,29 @@ def test_load_reads_no_picture_and_finds_those_of_any_name(tmp_path, reads):
     assert len(train) + len(test) == 21 and not reads()
 
 
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_generate_reads_a_hundred_pictures(num_workers, tmp_path, monkeypatch, reads):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "images" / "train", 30)
+    write_pictures(tmp_path / "images" / "test", 150)
+    arguments = ["--dataset", "folder", "--data-folder", "images", "--num-workers", num_workers]
+    import_script("generate.py").main(arguments)
+    counts = reads()
+    assert set(counts.values()) == {1} and len(counts) == 100 and all("/test/" in path for path in counts)
+
+
+def test_generate_reads_a_hundred_pictures_of_an_input_folder(tmp_path, monkeypatch, capsys, reads):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "images", 150)
+    for i in range(50):
+        (tmp_path / "images" / f"{i}.txt").write_text("no image")
+    import_script("generate.py").main(["--input", "images"])
+    counts, left_out = reads(), capsys.readouterr().err.count("left out: ")
+    assert set(counts.values()) == {1} and 0 < left_out < 50
+    assert sum(path.endswith(".png") for path in counts) == 100 and len(counts) == 100 + left_out
+    assert Image.open("generatedImages/images.png").size == (302, 302)
+
+
 def test_training_reads_each_picture_once_and_streams_to_the_same_losses(tmp_path, monkeypatch, reads):
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "images" / "train", 40)
