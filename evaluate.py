@@ -53,15 +53,16 @@ from utils.memory import items_that_fit
 NUM_SAMPLES = 10_000            # equally many of each class
 
 
-def measure_model(model, test_set, args):
-    """The figures of the model on a data set, as a plain dictionary.
+def measure_model(model, test_set, args, encoded=None):
+    """The figures of the model on a data set, as a plain dictionary. encoded: an EncodedSet to add its images to.
 
     mse is on the [-1, 1] scale; psnr (dB) is that of the MSE, with a range of 2 from black to white. bits_per_pixel:
     the h·w codes of log2 K bits each, over the C·H·W bytes of the image. Raises ValueError if a loss is not finite.
     """
     C, H, W = test_set.shape
     batches = data.batches(test_set, items_that_fit(pixels=H * W), None, args.num_workers)
-    losses, counts = evaluate(model, batches, args.device)
+    with tqdm(total=len(test_set), desc="testing", unit="img", unit_scale=True, leave=False, disable=None) as bar:
+        losses, counts = evaluate(model, observed(batches, encoded, bar), args.device)
     if not math.isfinite(losses.total):
         raise ValueError(f"the model's losses are not finite: {losses.reconstruction} in the reconstructions, "
                          f"{losses.codebook} in the codes")
@@ -76,6 +77,15 @@ def measure_model(model, test_set, args):
         "codes": K,
         "bits_per_pixel": math.log2(K) * h * w / (C * H * W),
     }
+
+
+def observed(batches, encoded, bar):
+    """The same batches, each of which advances the bar and is added to encoded, if there is one."""
+    for images, labels in batches:
+        if encoded:
+            encoded.add(images)
+        yield images, labels
+        bar.update(len(images))
 
 
 def table(measured):
@@ -102,24 +112,47 @@ def open_classifier(args, are_digits):
             raise ValueError("it classifies digits of 28×28 pixels as MNIST's, and these are others: leave it out")
 
 
-def measure_prior(model, prior, classifier, train_set, test_set, args):
+class EncodedSet:
+    """What the prior and the classifier, if there is one, need of a data set whose images are read once."""
+
+    def __init__(self, model, classifier, device):
+        self.model, self.classifier, self.device = model, classifier, device
+        self._maps, self._predictions = [], []
+
+    @torch.no_grad()
+    def add(self, images):
+        """Add a batch of uint8 images (B, C, H, W)."""
+        x = data.to_model_range(images, self.device)
+        self._maps.append(self.model.encode(x).cpu())
+        if self.classifier:
+            self._predictions.append(samples.classify(self.classifier, [x]))
+
+    def maps(self):
+        """The images' code maps (N, h, w)."""
+        return torch.cat(self._maps)
+
+    def predictions(self):
+        """What the classifier makes of the images."""
+        return samples.Predictions(*(torch.cat(parts) for parts in zip(*self._predictions)))
+
+
+def measure_prior(model, prior, classifier, train_set, test_set, encoded, args):
     """The figures of the prior and of images sampled from it, as a plain dictionary.
 
-    nats_per_code and bits_per_pixel are of the test set's code maps with their labels; memorised is the share of
-    samples whose code map is in the training set. With a classifier: recognised is the share of images in which it sees
-    the digit asked for, frechet the distance to the test set in its feature space. Both are measured of the samples,
-    and for comparison of the test set itself (recognised there is the classifier's accuracy), of its reconstructions
-    and of decoded noise.
+    encoded: the test set, encoded. nats_per_code and bits_per_pixel are of its code maps with their labels; memorised
+    is the share of samples whose code map is in the training set. With a classifier: recognised is the share of images
+    in which it sees the digit asked for, frechet the distance to the test set in its feature space. Both are measured
+    of the samples, and for comparison of the test set itself (recognised there is the classifier's accuracy), of its
+    reconstructions and of decoded noise.
     """
     device, generator = args.device, torch.Generator().manual_seed(args.seed)
     labels, batch_size = samples.balanced_labels(prior.num_classes, NUM_SAMPLES), items_that_fit(
         pixels=math.prod(test_set.shape[1:]))
-    with tqdm(total=len(train_set) + len(test_set) + len(labels), desc="sampling and encoding", unit="img",
+    with tqdm(total=len(train_set) + len(labels), desc="sampling and encoding", unit="img",
               unit_scale=True, leave=False, disable=None) as bar:
         sampled = samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, device, bar)
-        test_maps, train_maps = (
-            code_maps.encode(model, data.batches(dataset, batch_size, None, args.num_workers), device, bar)
-            for dataset in (test_set, train_set))
+        train_maps = code_maps.encode(model, data.batches(train_set, batch_size, None, args.num_workers), device, bar)
+    test_maps = encoded.maps()
     nats = nats_per_code(prior, test_maps, test_set.labels, device)
     measured = {"nats_per_code": nats, "samples_drawn": len(labels),
                 "bits_per_pixel": nats / math.log(2) * prior.height * prior.width / math.prod(test_set.shape),
@@ -128,16 +161,17 @@ def measure_prior(model, prior, classifier, train_set, test_set, args):
         noise = samples.noise_maps(model, len(labels), prior.height, prior.width, generator, device)
         maps = {"samples": (sampled, labels), "reconstructions": (test_maps, test_set.labels),
                 "random": (noise, labels)}
-        measured |= measure_images(model, classifier, test_set, maps, device)
+        measured |= measure_images(model, classifier, encoded.predictions(), test_set.labels, maps, device)
     return measured
 
 
-def measure_images(model, classifier, test_set, maps, device):
-    """recognised and frechet of the test set, and of maps by name: code maps (N, h, w) and the digits asked for."""
-    with tqdm(total=len(test_set) + sum(len(asked) for _, asked in maps.values()), desc="classifying", unit="img",
-              unit_scale=True, leave=False, disable=None) as bar:
-        real = samples.classify(classifier, samples.real_batches(test_set.images, device), bar)
-        predictions = {"test_set": (real, test_set.labels)}
+def measure_images(model, classifier, real, real_labels, maps, device):
+    """recognised and frechet of the test set, whose predictions are `real`, and of maps by name: code maps (N, h, w)
+    and the digits asked for.
+    """
+    with tqdm(total=sum(len(asked) for _, asked in maps.values()), desc="classifying", unit="img", unit_scale=True,
+              leave=False, disable=None) as bar:
+        predictions = {"test_set": (real, real_labels)}
         for name, (indices, asked) in maps.items():
             predictions[name] = samples.classify(classifier, samples.decode_batches(model, indices, device), bar), asked
     return {name: {"recognised": (predicted.digits == asked).double().mean().item(),
@@ -194,17 +228,19 @@ def run(args):
     if args.prior:
         prior, classes, prior_path = inputs.open_prior(args, path)
     dataset, train_set, test_set = inputs.open_data(args, contents)
+    encoded = None
     if args.prior:
         classifier = open_classifier(args, data.are_digits(data.describe(dataset, "", test_set)))
         H, W = model.image_size(prior.height, prior.width)
         if (classes, [H, W]) != (test_set.classes, test_set.shape[1:]):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "
                              f"classes are {', '.join(classes[:50])}, of {H}×{W} pixels")
+        encoded = EncodedSet(model, classifier, args.device)
     with cli.errors_name_flag(f"--model {path} --dataset", dataset):
-        measured = measure_model(model, test_set, args)
+        measured = measure_model(model, test_set, args, encoded)
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}", flush=True)
     if args.prior:
-        measured["prior"] = measure_prior(model, prior, classifier, train_set, test_set, args)
+        measured["prior"] = measure_prior(model, prior, classifier, train_set, test_set, encoded, args)
         print(f"\n{prior_path}\n{prior_table(measured['prior'])}")
     if args.json:
         with cli.errors_name_flag("--json", args.json):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from data import to_model_range
 from utils.memory import items_that_fit
 
 
@@ -20,25 +19,20 @@ class Predictions(NamedTuple):
 
 
 @torch.no_grad()
-def classify(classifier, batches, bar):
-    """Predictions for an iterable of images (B, 1, H, W) in [-1, 1]. bar is advanced by update(n)."""
+def classify(classifier, batches, bar=None):
+    """Predictions for an iterable of images (B, 1, H, W) in [-1, 1]. bar, such as a tqdm, is advanced by update(n)."""
     digits, features = [], []
     for x in batches:
         features.append(classifier.features(x))
         digits.append(classifier.head(features[-1]).argmax(dim=1))
-        bar.update(len(x))
+        if bar is not None:
+            bar.update(len(x))
     return Predictions(torch.cat(digits).cpu(), torch.cat(features).cpu())
 
 
 def balanced_labels(num_classes, count):
     """count labels in order, equally many of each class: of ten classes and a hundred, ten times ten."""
     return torch.arange(count) * num_classes // count
-
-
-def real_batches(images, device):
-    """uint8 images (N, 1, H, W) in [-1, 1], a batch at a time."""
-    batch_size = items_that_fit(pixels=math.prod(images.shape[2:]))
-    return (to_model_range(batch, device) for batch in images.split(batch_size))
 
 
 def decode_batches(model, maps, device):

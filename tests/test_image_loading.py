@@ -107,6 +107,21 @@ def test_generate_reads_a_hundred_pictures_of_an_input_folder(tmp_path, monkeypa
     assert Image.open("generatedImages/images.png").size == (302, 302)
 
 
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_evaluate_reads_the_test_pictures_once_and_with_a_prior_all_once(num_workers, tmp_path, monkeypatch, reads):
+    monkeypatch.chdir(tmp_path)
+    for i in range(10):
+        write_pictures(tmp_path / "images" / "train" / str(i), 2)
+        write_pictures(tmp_path / "images" / "test" / str(i), 3, start=5)
+    script = import_script("evaluate.py")
+    script.NUM_SAMPLES = 20
+    arguments = ["--dataset", "folder", "--data-folder", str(tmp_path / "images"), "--num-workers", num_workers]
+    script.main(arguments)
+    assert reads() == once(tmp_path / "images" / "test")
+    script.main([*arguments, "--prior", str(checkpoint.PRETRAINED.with_name("prior.pt"))])
+    assert reads() == once(tmp_path / "images")
+
+
 def test_training_reads_each_picture_once_and_streams_to_the_same_losses(tmp_path, monkeypatch, reads):
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "images" / "train", 40)
