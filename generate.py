@@ -98,6 +98,7 @@ def own_images(path, shape, generator):
     with cli.errors_name_flag("--input", path):
         if not path.is_dir():
             return image_folder.read_image(path, H, W, C).unsqueeze(0)
+
         def read(file):
             try:
                 return image_folder.read_image(file, H, W, C)

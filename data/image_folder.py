@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ class ImageFiles(Dataset):
     def __init__(self, paths, labels, shape, classes):
         self.paths, self.labels, self.shape, self.classes = paths, labels, shape, classes
         self.kept = self.is_kept = None         # (N, C, H, W) and (N,), after keep()
-        self.replaced, self.reported = set(), False             # rows whose file cannot be read, as far as is known
+        self.unreadable, self.reported = set(), False           # rows whose file cannot be read, as far as is known
 
     def __len__(self):
         return len(self.paths)
@@ -103,12 +104,13 @@ class ImageFiles(Dataset):
         Raises ValueError if none can, OSError if a file or its disk has vanished.
         """
         C, H, W = self.shape
-        for source in (*range(row, len(self)), *range(row)):
-            try:
-                return source, read_image(self.paths[source], H, W, C)
-            except (ValueError, PermissionError) as error:
-                reason = error
-        raise ValueError(f"not one of the {len(self):,} images in this set can be read; the last one: {reason}")
+        for source in chain(range(row, len(self)), range(row)):
+            if source not in self.unreadable:           # however many there are, each is tried once
+                try:
+                    return source, read_image(self.paths[source], H, W, C)
+                except (ValueError, PermissionError):
+                    self.unreadable.add(source)
+        raise ValueError(f"not one of the {len(self):,} images in this set can be read; the first is {self.paths[0]}")
 
     def keep(self):
         """Keep images in memory once they have been read."""
@@ -123,7 +125,7 @@ class ImageFiles(Dataset):
         read_rows, sources, images = read
         for row, source in zip(read_rows, sources):
             if row != source:
-                self.replaced.add(row)
+                self.unreadable.add(row)
                 self.labels[row] = self.labels[source]
         images = torch.from_numpy(images)
         if self.kept is not None:
@@ -133,7 +135,7 @@ class ImageFiles(Dataset):
 
     def report_replaced(self, rows):
         """Print once which of rows have files that cannot be read."""
-        rows = sorted(self.replaced.intersection(rows))
+        rows = sorted(self.unreadable.intersection(rows))
         if rows and not self.reported:
             self.reported = True
             tqdm.write(f"{len(rows):,} of {len(self):,} images cannot be read, the next image of the set was taken "

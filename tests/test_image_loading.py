@@ -264,6 +264,14 @@ def test_prior_is_trained_with_the_labels_of_the_replacements(tmp_path):
     assert torch.equal(maps.train[:, 2], maps.train[:, 3]) and torch.equal(maps.test[3], maps.test[0])
 
 
+def test_each_of_many_broken_files_is_tried_once(tmp_path, reads):
+    files = make_files(tmp_path, 40, broken=range(3, 38))
+    for _ in range(2):
+        assert load_all(data.batches(files, 8, num_workers=0))[1].tolist() == [0, 1, 2, *[38] * 36, 39]
+    counts = reads()
+    assert all(counts[str(files.paths[row])] == 1 for row in range(3, 38))
+
+
 def test_each_process_reports_the_broken_files_of_its_shard(tmp_path, capsys):
     files = make_files(tmp_path, 12, broken=[2, 7])
     files[:]

@@ -48,7 +48,7 @@ def open_data(args, contents):
     return name, *load_data(name, folder, own["shape"])
 
 
-def load_data(name, folder, shape=None):
+def load_data(name, folder, shape):
     """data.load(), whose errors name the flags; prints which files of an image folder it leaves out."""
     downloads = nullcontext() if name == data.FOLDER else distributed.main_process_first()
     with errors_name_flag(f"--dataset {name} --data-folder", folder), downloads:
