@@ -30,8 +30,7 @@ def get_parser():
                                          f"--downsample up to {LARGEST_SIDE} {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
-    group.add_argument("--num-workers", type=arguments.integer(0, 256), default=0, metavar="N",
-                       help=f"processes that load batches; 0 is fastest for data held in memory {shown}")
+    cli.add_num_workers(group)
 
     group = parser.add_argument_group("model")
     group.add_argument("--hidden-size", type=arguments.integer(1), default=40, metavar="D",
@@ -90,15 +89,18 @@ if __name__ == "__main__":
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import checkpoint
 import data
+from data import image_folder
 from metrics import code_counts, evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
@@ -136,7 +138,8 @@ def train(trainer, batches):
             schedule.step()
             trainer.after_step(losses, code_counts(indices, args.k))  # log, save, notice signals
 
-        test_losses, test_counts = evaluate(model, batches.test, args.device, args.beta)
+        test_batches = tqdm(batches.test, desc="testing", leave=False, disable=distributed.hide_progress_bar())
+        test_losses, test_counts = evaluate(model, test_batches, args.device, args.beta)
         trainer.save_epoch(test_losses.reconstruction, test_losses._asdict())
         if distributed.is_main_process():
             log_epoch(trainer, epoch, test_losses, test_counts, batches.shown)
@@ -172,8 +175,8 @@ class Batches(NamedTuple):
 
     train_set: Dataset
     test_set: Dataset
-    train: DataLoader               # of this process's shard of each batch
-    test: DataLoader
+    train: Iterable                 # of this process's shard of each batch
+    test: Iterable
     generator: torch.Generator      # of the training images' order
     shown: torch.Tensor             # uint8 test images (B, C, H, W) for TensorBoard
 
@@ -183,15 +186,17 @@ def load_batches(args):
     with cli.errors_name_flag("--batch-size", args.batch_size):
         batch_size = distributed.per_process_batch_size(args.batch_size, fixed=args.resume)
     train_set, test_set = inputs.load_data(
-        args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size], args.num_workers)
-    on_gpu, in_workers = args.device.startswith("cuda"), args.num_workers > 0
-    if on_gpu and not in_workers and isinstance(train_set, data.Images):        # the bytes of the whole set are few
-        train_set, test_set = train_set.to(args.device), test_set.to(args.device)
+        args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size])
+    pin_memory = args.device.startswith("cuda")
+    if args.dataset == data.FOLDER:
+        image_folder.keep_in_memory(test_set, train_set)
+    elif pin_memory and not args.num_workers:               # the bytes of the whole set are few
+        train_set, test_set, pin_memory = train_set.to(args.device), test_set.to(args.device), False
     generator, (H, W) = torch.Generator().manual_seed(args.seed), train_set.shape[1:]
     return Batches(
-        train_set, test_set, data.batches(train_set, batch_size, generator, args.num_workers, on_gpu and in_workers),
+        train_set, test_set, data.batches(train_set, batch_size, generator, args.num_workers, pin_memory),
         data.batches(distributed.shard(test_set), images_that_fit(H, W, args.hidden_size), None, args.num_workers,
-                     on_gpu and in_workers),
+                     pin_memory),
         generator, test_set[:tensorboard_logs.images_in_grid(SHOWN_IMAGES, H, W)][0].cpu())
 
 

@@ -45,8 +45,9 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from data import code_maps
+from data import code_maps, image_folder
 from metrics import evaluate, nats_per_code, perplexity, samples
+from metrics.classifier import HIDDEN_SIZE
 from utils import files, inputs
 from utils.memory import images_that_fit
 
@@ -61,7 +62,7 @@ def measure_model(model, test_set, args):
     """
     C, H, W = test_set.shape
     batches = data.batches(test_set, images_that_fit(H, W, model.quantizer.dim), None, args.num_workers)
-    losses, counts = evaluate(model, batches, args.device)
+    losses, counts = evaluate(model, tqdm(batches, desc="testing", leave=False, disable=None), args.device)
     if not math.isfinite(losses.total):
         raise ValueError(f"the model's losses are not finite: {losses.reconstruction} in the reconstructions, "
                          f"{losses.codebook} in the codes")
@@ -128,18 +129,20 @@ def measure_prior(model, prior, classifier, train_set, test_set, args):
         noise = samples.noise_maps(model, len(labels), prior.height, prior.width, generator, device)
         maps = {"samples": (sampled, labels), "reconstructions": (test_maps, test_set.labels),
                 "random": (noise, labels)}
-        measured |= measure_images(model, classifier, test_set, maps, device)
+        measured |= measure_images(model, classifier, test_set, maps, args)
     return measured
 
 
-def measure_images(model, classifier, test_set, maps, device):
+def measure_images(model, classifier, test_set, maps, args):
     """recognised and frechet of the test set, and of maps by name: code maps (N, h, w) and the digits asked for."""
     with tqdm(total=len(test_set) + sum(len(asked) for _, asked in maps.values()), desc="classifying", unit="img",
               unit_scale=True, leave=False, disable=None) as bar:
-        real = samples.classify(classifier, samples.real_batches(test_set.images, device), bar)
+        batches = data.batches(test_set, images_that_fit(*test_set.shape[1:], HIDDEN_SIZE), None, args.num_workers)
+        real = samples.classify(classifier, (data.to_model_range(images, args.device) for images, _ in batches), bar)
         predictions = {"test_set": (real, test_set.labels)}
         for name, (indices, asked) in maps.items():
-            predictions[name] = samples.classify(classifier, samples.decode_batches(model, indices, device), bar), asked
+            images = samples.decode_batches(model, indices, args.device)
+            predictions[name] = samples.classify(classifier, images, bar), asked
     return {name: {"recognised": (predicted.digits == asked).double().mean().item(),
                    "frechet": samples.frechet_distance(predicted.features, real.features)}
             for name, (predicted, asked) in predictions.items()}
@@ -200,6 +203,8 @@ def run(args):
         if (classes, [H, W]) != (test_set.classes, test_set.shape[1:]):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "
                              f"classes are {', '.join(classes[:50])}, of {H}×{W} pixels")
+        if dataset == data.FOLDER:
+            image_folder.keep_in_memory(test_set)           # which is looked at three times
     with cli.errors_name_flag(f"--model {path} --dataset", dataset):
         measured = measure_model(model, test_set, args)
     print(f"{path} on the {len(test_set):,} test images of {dataset}\n{table(measured)}", flush=True)

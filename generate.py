@@ -72,6 +72,7 @@ import sys
 
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 import data
 from data import image_folder
@@ -87,7 +88,9 @@ def test_images(args, contents, path, generator):
     if test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
                          f"those of the data set {test_set.shape}")
-    return test_set[torch.randperm(len(test_set), generator=generator)[:ROWS**2]][0], dataset
+    rows = torch.randperm(len(test_set), generator=generator)[:ROWS**2].tolist()
+    batches = data.batches(Subset(test_set, rows), ROWS, num_workers=args.num_workers)
+    return torch.cat([images for images, _ in batches]), dataset
 
 
 def own_images(path, shape, generator):
@@ -96,14 +99,23 @@ def own_images(path, shape, generator):
     with cli.errors_name_flag("--input", path):
         if not path.is_dir():
             return image_folder.read_image(path, H, W, C).unsqueeze(0)
-        paths, images = image_folder.list_files(path), []
-        for row in torch.randperm(len(paths), generator=generator).tolist():
+
+        def read(file):
             try:
-                images.append(image_folder.read_image(paths[row], H, W, C))
+                return image_folder.read_image(file, H, W, C)
             except ValueError as error:         # a folder may hold other things too
-                print(f"left out: {error}", file=sys.stderr)
-            if len(images) == ROWS**2:
-                break
+                return error
+
+        paths, images = image_folder.list_files(path), []
+        order = torch.randperm(len(paths), generator=generator).tolist()
+        while order and len(images) < ROWS**2:
+            count = ROWS**2 - len(images)
+            for image in image_folder.map_in_threads(read, [paths[row] for row in order[:count]]):
+                if isinstance(image, ValueError):
+                    print(f"left out: {image}", file=sys.stderr)
+                else:
+                    images.append(image)
+            order = order[count:]
         if not images:
             raise ValueError("there is no image in it that Pillow can read")
         return torch.stack(images)

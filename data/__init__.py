@@ -1,4 +1,4 @@
-"""Data sets: uint8 images, in memory where they fit, scaled to [-1, 1] on the device a batch at a time.
+"""Data sets: uint8 images, in memory or in files, scaled to [-1, 1] on the device a batch at a time.
 
 Letters: N images, B of them in a batch, C channels, H×W pixels.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from data import image_folder
 from utils import distributed
@@ -28,8 +28,6 @@ DIGITS = tuple("0123456789")
 
 class Images(Dataset):
     """uint8 images (N, C, H, W) and their int64 labels (N,), in memory. classes: the labels' names."""
-
-    left_out = ()               # paths of the files in an image folder that are no images
 
     def __init__(self, images, labels, classes=DIGITS):
         self.images, self.labels, self.classes = images, labels, list(classes)
@@ -54,18 +52,26 @@ class Images(Dataset):
     __getitems__ = __getitem__
 
 
-def batches(dataset, batch_size, generator=None, num_workers=0, pin_memory=False):
-    """A DataLoader of (uint8 images (B, C, H, W), labels (B,)); shuffled by generator, if there is one.
+def batches(dataset, batch_size, generator=None, num_workers=None, pin_memory=False):
+    """Batches of (uint8 images (B, C, H, W), labels (B,)), an iterable with a length; shuffled by generator, if any.
 
-    Of several processes each then has its own shard of the same order.
+    Of several processes each then has its own shard of the same order. num_workers: the processes that load the
+    batches, by default none for images in memory and image_folder.default_num_workers() for an image folder.
     """
     order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
     if generator is not None and distributed.world_size() > 1:
         order = distributed.ShardSampler(order)
     # Always a generator of its own: without one, each epoch would draw from torch's.
-    return DataLoader(dataset, batch_size, sampler=order, generator=generator or torch.Generator(),
-                      num_workers=num_workers, pin_memory=pin_memory, collate_fn=identity,
-                      worker_init_fn=ignore_signals)
+    loading = {"generator": generator or torch.Generator(), "collate_fn": identity, "worker_init_fn": ignore_signals}
+    whole, rows = dataset, range(len(dataset))
+    while isinstance(whole, Subset):
+        whole, rows = whole.dataset, [whole.indices[row] for row in rows]
+    if isinstance(whole, image_folder.ImageFiles):
+        num_workers = image_folder.default_num_workers() if num_workers is None else num_workers
+        return image_folder.FileBatches(whole, rows, BatchSampler(order, batch_size, drop_last=False), num_workers,
+                                        pin_memory, **loading)
+    return DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers or 0, pin_memory=pin_memory,
+                      **loading)
 
 
 def identity(batch):
@@ -100,21 +106,17 @@ def grid(images, columns=8, padding=2):
     return F.pad(picture, (0, padding, 0, padding)).expand(3, -1, -1)
 
 
-def load(name, folder, shape=None, num_workers=0):
-    """The data set `name`, one of DATASETS, as (training set, test set), each Images or ImageFiles.
+def load(name, folder, shape=None):
+    """The data set `name`, one of DATASETS, as (training set, test set), each Images or, of a folder, ImageFiles.
 
     folder: where downloaded sets are kept, created if need be; or an image folder, whose images are brought to the
-    shape [C, H, W] by num_workers processes. Raises ValueError if the name is unknown, or a file is damaged or of
-    another kind, OSError if files cannot be downloaded or read.
+    shape [C, H, W] when they are read. Raises ValueError if the name is unknown, or a file is damaged or of another
+    kind, OSError if files cannot be downloaded or read.
     """
     if name == "MNIST-10k":
         return _load_bundled()
     if name == FOLDER:
-        parts, classes, left_out = image_folder.load(
-            folder, shape, num_workers, generator=torch.Generator(), worker_init_fn=ignore_signals)
-        sets = [part if isinstance(part, image_folder.ImageFiles) else Images(*part, classes) for part in parts]
-        sets[0].left_out = left_out
-        return tuple(sets)
+        return image_folder.load(folder, shape)
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
     from data import downloads  # imports torchvision, which takes seconds and is needed only here

@@ -59,7 +59,13 @@ def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
         test = encode(model, data.batches(test_shard, batch_size, None, num_workers), device, bar)
         if distributed.world_size() > 1:
             train = torch.stack([distributed.gather_rows(maps, len(train_set)) for maps in train])
-        return CodeMaps(train, train_set.labels, distributed.gather_rows(test, len(test_set)), test_set.labels)
+        return CodeMaps(train, _gather_labels(train_set), distributed.gather_rows(test, len(test_set)),
+                        _gather_labels(test_set))
+
+
+def _gather_labels(dataset):
+    """The labels of a set of which each process has read its shard: a file that cannot be read changes one."""
+    return distributed.gather_rows(dataset.labels[distributed.shard_slice()], len(dataset))
 
 
 def shift_images(images, dy, dx):

@@ -1,12 +1,16 @@
-"""A folder of images as a data set: any tree of files that Pillow opens, brought to one size.
+"""A folder of images as a data set: any tree of files that Pillow opens, brought to one size when they are needed.
 
-Letters: N images, B of them in a batch, M files, C channels, H×W pixels.
+Letters: N images, B of them in a batch, C channels, H×W pixels.
 """
 
 import hashlib
 import math
 import os
+import sys
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +22,8 @@ from tqdm import tqdm
 from utils import distributed
 
 MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files in every epoch
+MAX_WORKERS = 8                 # that read files, unless another number is asked for
 TEST_SHARE = 0.1                # of the images, if there is no test folder
-WORKER_BATCH = 16               # files that a worker reads at a time
 NO_CLASS = "."                  # the class of images outside the sub-folders
 
 
@@ -55,74 +59,181 @@ def _to_mode(image, mode):
 
 
 class ImageFiles(Dataset):
-    """Images that are read from their files when a batch is taken, with int64 labels (N,)."""
+    """uint8 images of the shape [C, H, W], each read from its file when it is needed, and their int64 labels (N,).
+
+    In place of a file that cannot be read, the next one of the set that can is taken, with its label. classes: the
+    labels' names.
+    """
+
+    left_out = ()               # paths of the files in the folder that are no images
 
     def __init__(self, paths, labels, shape, classes):
         self.paths, self.labels, self.shape, self.classes = paths, labels, shape, classes
+        self.kept = self.is_kept = None         # (N, C, H, W) and (N,), after keep()
+        self.unreadable, self.reported = set(), False           # rows whose file cannot be read, as far as is known
 
     def __len__(self):
         return len(self.paths)
 
+    def __getstate__(self):
+        """What worker processes receive: not the images that are kept."""
+        return {**vars(self), "kept": None, "is_kept": None}
+
     def __getitem__(self, rows):
         """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of indices."""
-        C, H, W = self.shape
-        labels = self.labels[rows]
         rows = torch.arange(len(self))[rows].tolist()
-        try:
-            return torch.stack([read_image(self.paths[row], H, W, C) for row in rows]), labels
-        except ValueError as error:         # it could be read when the data set was loaded
-            raise OSError(str(error)) from error
+        return self.collect(rows, self._read(self.missing(rows), map_in_threads))
 
-    __getitems__ = __getitem__
+    def __getitems__(self, rows):
+        """rows, the rows of the files that were read for them, uint8 images (B, C, H, W): what a worker returns.
 
+        As NumPy arrays, which come through a pipe: tensors would need space in /dev/shm.
+        """
+        return self._read(rows, map)
 
-class _ReadableFiles(ImageFiles):
-    """The same, with whether each could be read in place of its label."""
+    def _read(self, rows, map_rows):
+        images, sources = np.empty((len(rows), *self.shape), np.uint8), []
+        for image, (source, pixels) in zip(images, map_rows(self._read_row, rows)):
+            image[:] = pixels.numpy()
+            sources.append(source)
+        return rows, sources, images
 
-    def __getitem__(self, rows):
+    def _read_row(self, row):
+        """The row of the first file from this one on that can be read, and its image.
+
+        Raises ValueError if none can, OSError if a file or its disk has vanished.
+        """
         C, H, W = self.shape
-        images, readable = torch.zeros(len(rows), C, H, W, dtype=torch.uint8), torch.ones(len(rows), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            try:
-                images[i] = read_image(self.paths[row], H, W, C)
-            except (FileNotFoundError, PermissionError, ValueError):
-                readable[i] = False
-        return images, readable
+        for source in chain(range(row, len(self)), range(row)):
+            if source not in self.unreadable:           # however many there are, each is tried once
+                try:
+                    return source, read_image(self.paths[source], H, W, C)
+                except (ValueError, PermissionError):
+                    self.unreadable.add(source)
+        raise ValueError(f"not one of the {len(self):,} images in this set can be read; the first is {self.paths[0]}")
 
-    __getitems__ = __getitem__
+    def keep(self):
+        """Keep images in memory once they have been read."""
+        self.kept, self.is_kept = torch.empty(len(self), *self.shape, dtype=torch.uint8), np.zeros(len(self), bool)
+
+    def missing(self, rows):
+        """Those of rows that have to be read."""
+        return rows if self.kept is None else [row for row in rows if not self.is_kept[row]]
+
+    def collect(self, rows, read):
+        """uint8 images (B, C, H, W) and labels (B,) of rows. read: __getitems__() of the missing ones."""
+        read_rows, sources, images = read
+        for row, source in zip(read_rows, sources):
+            if row != source:
+                self.unreadable.add(row)
+                self.labels[row] = self.labels[source]
+        images = torch.from_numpy(images)
+        if self.kept is not None:
+            self.kept[read_rows], self.is_kept[read_rows] = images, True
+            images = self.kept[rows]
+        return images, self.labels[rows]
+
+    def report_replaced(self, rows):
+        """Print once which of rows have files that cannot be read."""
+        rows = sorted(self.unreadable.intersection(rows))
+        if rows and not self.reported:
+            self.reported = True
+            tqdm.write(f"{len(rows):,} of {len(self):,} images cannot be read, the next image of the set was taken "
+                       f"instead: {', '.join(str(self.paths[row]) for row in rows[:3])}" + ", …" * (len(rows) > 3),
+                       file=sys.stderr)
 
 
-def load(folder, shape, num_workers=0, **loading):
-    """The images below a folder as [C, H, W] = shape, under a progress bar while all of them are read.
+class FileBatches:
+    """Batches of ImageFiles, (uint8 images (B, C, H, W), labels (B,)), read by num_workers processes.
+
+    batch_sampler: of indices into rows, which are those of the set. loading: other arguments of the DataLoader.
+    """
+
+    def __init__(self, files, rows, batch_sampler, num_workers, pin_memory, **loading):
+        self.files, self.rows, self.batch_sampler, self.loading = files, rows, batch_sampler, loading
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        files, ordered, all_rows = self.files, deque(), []
+
+        def rows_to_read():         # of each batch, which may be none
+            for indices in self.batch_sampler:
+                ordered.append([self.rows[index] for index in indices])
+                yield files.missing(ordered[-1])
+
+        num_workers = min(self.num_workers, len(self)) if files.missing(self.rows) else 0
+        for read in DataLoader(files, batch_sampler=rows_to_read(), num_workers=num_workers, **self.loading):
+            rows = ordered.popleft()
+            images, labels = files.collect(rows, read)
+            yield images.pin_memory() if self.pin_memory else images, labels
+            all_rows += rows
+        files.report_replaced(all_rows)
+
+
+def keep_in_memory(*sets):
+    """Keep the images of these ImageFiles in memory, once read: of each set that still fits into MAX_IN_MEMORY."""
+    free = MAX_IN_MEMORY // distributed.world_size()
+    for files in sets:
+        size = len(files) * math.prod(files.shape)
+        if size <= free:
+            files.keep()
+            free -= size
+
+
+def default_num_workers():
+    """As many as there are cores for this process, at most MAX_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.world_size() > 1 else 1
+    return max(1, min(MAX_WORKERS, cores // local))
+
+
+def map_in_threads(function, items):
+    """[function(item) for each item], in threads: of a function that calls read_image()."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(default_num_workers()) as pool:
+        warnings.simplefilter("ignore")         # read_image()'s own filter may be undone by another thread
+        return list(pool.map(function, items))
+
+
+# ---------------------------------------------------------------- the files in a folder
+
+def load(folder, shape):
+    """The images below a folder as [C, H, W] = shape: training set and test set. No image is read yet.
 
     Its sub-folders are the classes. Folders train and test are the two sets, each with its sub-folders; without them a
-    tenth of all images, always the same, is the test set. loading: other arguments of the DataLoader that reads them in
-    num_workers processes.
-
-    → for each of the two sets uint8 images (N, C, H, W) and labels (N,), or an ImageFiles if they do not fit into
-    memory; the names of the classes; the files left out, which Pillow cannot read. Raises ValueError if there are fewer
-    than two images, OSError if there is no such folder.
+    tenth of all images, always the same, is the test set. Files that are no images are in the training set's left_out.
+    Raises ValueError if there are fewer than two images, OSError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     separate = (folder / "train").is_dir() and (folder / "test").is_dir()
     roots = [folder / "train", folder / "test"] if separate else [folder]
-    found = [(path, _class_name(path, root)) for root in roots for path in list_files(root)]
-    if not found:
+    files = [(path, root) for root in roots for path in list_files(root)]
+    if not files:
         raise ValueError("there is no file in it" + " but in folders other than train and test" * separate)
-    in_memory = len(found) * math.prod(shape) <= MAX_IN_MEMORY // distributed.world_size()
-    images, readable = _read_all([path for path, _ in found], shape, in_memory, num_workers, loading)
-    left_out = [path for (path, _), can_be_read in zip(found, readable.tolist()) if not can_be_read]
-    found = [file for file, can_be_read in zip(found, readable.tolist()) if can_be_read]
-    classes = sorted({name for _, name in found}) or [NO_CLASS]
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    images, left_out = [], []
+    for path, root in files:
+        if path.suffix.lower() in suffixes or _has_image_header(path):
+            images.append((path, root))
+        else:
+            left_out.append(path)
+    is_test = [root == roots[1] for _, root in images] if separate else _in_test_share(images)
+    names = [_class_name(path, root) for path, root in images]
+    classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
-    paths, labels = [path for path, _ in found], torch.tensor([number[name] for _, name in found])
     sets = []
-    for rows in _split(paths, folder, separate):
-        files = ImageFiles([paths[row] for row in rows.tolist()], labels[rows], shape, classes)
-        sets.append((images[rows], files.labels) if in_memory else files)
-    return sets, classes, left_out
+    for in_test in (False, True):
+        rows = [row for row, value in enumerate(is_test) if value == in_test]
+        sets.append(ImageFiles([images[row][0] for row in rows], torch.tensor([number[names[row]] for row in rows]),
+                               shape, classes))
+    if not all(len(part) for part in sets):
+        raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed")
+    sets[0].left_out = left_out
+    return tuple(sets)
 
 
 def list_files(root):
@@ -144,43 +255,32 @@ def list_files(root):
             else:
                 above[path] = outer | {real}
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.parts)       # faster than paths
+
+
+def _has_image_header(path):
+    """Whether Pillow recognises a file of any name. Raises OSError if the system cannot read it."""
+    try:
+        with warnings.catch_warnings(), Image.open(path):
+            warnings.simplefilter("ignore")
+            return True
+    except Exception as error:      # as in read_image()
+        if isinstance(error, OSError) and error.errno and not isinstance(error, PermissionError):
+            raise
+        return False
 
 
 def _class_name(path, root):
-    inside = path.relative_to(root).parts
+    inside = path.parts[len(root.parts):]
     return inside[0] if len(inside) > 1 else NO_CLASS
 
 
-def _read_all(paths, shape, keep, num_workers, loading):
-    """→ uint8 images (N, C, H, W) of the readable files, or None unless they are kept; which are readable (M,)."""
-    images, readable = [], []
-    with tqdm(total=len(paths), desc="reading images", unit="img", unit_scale=True, leave=False,
-              disable=distributed.hide_progress_bar()) as bar:
-        for batch, can_be_read in DataLoader(_ReadableFiles(paths, torch.zeros(len(paths)), shape, []), WORKER_BATCH,
-                                             num_workers=num_workers, collate_fn=_identity, **loading):
-            images += [batch[can_be_read]] if keep else []
-            readable.append(can_be_read.clone())    # a tensor from a worker process keeps a file open
-            bar.update(len(can_be_read))
-    return torch.cat(images) if keep else None, torch.cat(readable)
+def _in_test_share(images):
+    """Whether each of (path, root) is a test image, by the hash of its name.
 
-
-def _identity(batch):
-    return batch
-
-
-def _split(paths, folder, separate):
-    """Rows of the training and of the test set. Raises ValueError if one would be empty."""
-    if separate:
-        is_test = torch.tensor([folder / "test" in path.parents for path in paths], dtype=torch.bool)
-    else:
-        # By the hashes of their names: adding or removing an image moves hardly any other between the sets.
-        hashes = [hashlib.sha256(path.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")).digest()
-                  for path in paths]
-        test_hashes = set(sorted(hashes)[:max(1, round(TEST_SHARE * len(paths)))])
-        is_test = torch.tensor([digest in test_hashes for digest in hashes], dtype=torch.bool)
-    rows = [(~is_test).nonzero().flatten(), is_test.nonzero().flatten()]
-    if not all(len(part) for part in rows):
-        raise ValueError(f"{len(paths)} of its files are images that Pillow can read: "
-                         "at least one to train and one to test are needed")
-    return rows
+    Adding or removing an image moves hardly any other between the sets.
+    """
+    hashes = [hashlib.sha256("/".join(path.parts[len(root.parts):]).encode("utf-8", "surrogateescape")).digest()
+              for path, root in images]
+    in_test = set(sorted(hashes)[:max(1, round(TEST_SHARE * len(images)))])
+    return [digest in in_test for digest in hashes]

@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import to_model_range
 from data.code_maps import smallest_type
-from metrics.classifier import HIDDEN_SIZE
 from utils.memory import images_that_fit, samples_that_fit
 
 
@@ -35,12 +33,6 @@ def classify(classifier, batches, bar):
 def balanced_labels(num_classes, count):
     """count labels in order, equally many of each class: of ten classes and a hundred, ten times ten."""
     return torch.arange(count) * num_classes // count
-
-
-def real_batches(images, device):
-    """uint8 images (N, 1, H, W) in [-1, 1], a batch at a time."""
-    batch_size = images_that_fit(*images.shape[2:], HIDDEN_SIZE)
-    return (to_model_range(batch, device) for batch in images.split(batch_size))
 
 
 def decode_batches(model, maps, device):

@@ -56,7 +56,7 @@ def test_classify_matches_the_classifier():
     torch.manual_seed(0)
     classifier, bar = DigitClassifier().eval(), CountingBar()
     images = torch.from_numpy(bundled_digits()[0][:1200]).unsqueeze(1)
-    predictions = samples.classify(classifier, samples.real_batches(images, "cpu"), bar)
+    predictions = samples.classify(classifier, (data.to_model_range(batch) for batch in images.split(500)), bar)
     with torch.no_grad():
         x = images[700:720].double().div(127.5).sub(1).float()
         assert torch.allclose(predictions.features[700:720], classifier.features(x), atol=1e-5)

@@ -181,6 +181,15 @@ def add_run_arguments(group, what):
                         help=f"replace {what} (default: leave it unchanged and stop)")
 
 
+# ---------------------------------------------------------------- data
+
+def add_num_workers(group):
+    """The flag of every script that reads a data set. None: data.batches() chooses."""
+    group.add_argument("--num-workers", type=arguments.integer(0, 256), metavar="N",
+                       help="processes that load batches (default: one for each core, at most 8, for an image folder; "
+                            "none for data held in memory)")
+
+
 # ---------------------------------------------------------------- a trained model and its test set
 
 def add_model_arguments(parser):
@@ -196,8 +205,7 @@ def add_model_arguments(parser):
     parser.add_argument("--data-folder", metavar="PATH",
                         help="where the data set is, or is downloaded to once "
                              "(default: that of the model's own image folder, MNIST for the others)")
-    parser.add_argument("--num-workers", type=arguments.integer(0, 256), default=0, metavar="N",
-                        help=f"processes that read an image folder {shown}")
+    add_num_workers(parser)
     parser.add_argument("--hidden-size", type=arguments.integer(1), metavar="D",
                         help="size of a latent vector (default: read from the model's file)")
     parser.add_argument("--k", type=arguments.integer(1), metavar="K",

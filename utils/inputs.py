@@ -45,15 +45,15 @@ def open_data(args, contents):
     own = contents["dataset"]
     name = args.dataset or own["name"]
     folder = args.data_folder or (own.get("folder", "MNIST") if name == own["name"] else "MNIST")
-    return name, *load_data(name, folder, own["shape"], args.num_workers)
+    return name, *load_data(name, folder, own["shape"])
 
 
-def load_data(name, folder, shape, num_workers):
+def load_data(name, folder, shape):
     """data.load(), whose errors name the flags; prints which files of an image folder it leaves out."""
     downloads = nullcontext() if name == data.FOLDER else distributed.main_process_first()
     with errors_name_flag(f"--dataset {name} --data-folder", folder), downloads:
-        train_set, test_set = data.load(name, folder, shape, num_workers)
-    left_out = train_set.left_out
+        train_set, test_set = data.load(name, folder, shape)
+    left_out = train_set.left_out if name == data.FOLDER else ()
     if left_out and distributed.is_main_process():
         print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
               f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
