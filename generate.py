@@ -73,6 +73,7 @@ import sys
 import torch
 from PIL import Image
 from torch.utils.data import Subset
+from tqdm import tqdm
 
 import data
 from data import image_folder
@@ -135,7 +136,8 @@ def sample_prior(path, generator, args):
     labels = samples.balanced_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
-    return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device)
+    with tqdm(total=len(labels), desc="sampling", unit="img", leave=False, disable=None) as bar:
+        return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device, bar)
 
 
 def class_number(text, classes):

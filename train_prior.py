@@ -189,13 +189,13 @@ def describe_cost(trainer, vqvae, shape):
     seconds = cost.estimate_epoch_seconds(trainer, nats, random_batch(trainer.model, rows, args.device))
     epochs = args.num_epochs - trainer.state.epoch + 1
     line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
-            f"{epochs} epochs about {cost.duration(epochs * seconds)}.")
+            f"the whole training about {cost.duration(epochs * seconds)}.")
     if epochs * seconds < LONG_TRAINING:
         return line
     fewer = 2 * vqvae.downsample
     fits = fewer in DOWNSAMPLES and not (shape[1] % fewer or shape[2] % fewer)
-    return (f"{line} Less time take fewer --num-epochs, a smaller --width or --layers, a GPU with --device auto"
-            + f", or a VQ-VAE trained with --downsample {fewer}: a quarter of the codes" * fits + ".")
+    return (f"{line} It takes less with fewer --num-epochs, a smaller --width or --layers, on a GPU (--device auto)"
+            + f", or with a VQ-VAE trained with --downsample {fewer}: a quarter of the codes" * fits + ".")
 
 
 # ---------------------------------------------------------------- data, model, optimizer

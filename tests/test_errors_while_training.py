@@ -76,6 +76,18 @@ def test_failing_pictures_cost_a_line_each_and_no_model(mnist_folder, tmp_path):
     assert_checkpoints_readable(tmp_path)
 
 
+def crash_in_pictures():
+    tensorboard_logs.log_images = lambda *_, **__: os._exit(139)
+
+
+def test_crash_in_the_first_pictures_leaves_a_run_to_resume(mnist_folder, tmp_path):
+    run = (*RUN, "--num-epochs", 1, "--data-folder", mnist_folder)
+    assert run_script(*run, cwd=tmp_path, prepare=crash_in_pictures).returncode == 139
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] == 0
+    assert run_script(*RESUME, cwd=tmp_path).returncode == 0
+    assert torch.load(tmp_path / LAST, weights_only=True)["epoch"] == 1
+
+
 def break_evaluation():
     def fail(*_):
         raise MemoryError
@@ -210,7 +222,7 @@ def test_read_only_disk_is_detected_before_any_work(disk, trained, mnist_folder,
 @pytest.mark.parametrize("folder", ["logs", "models"])
 def test_removed_folder_ends_the_run_with_a_one_line_error(folder, tmp_path, mnist_folder):
     process = start_script(*RUN, "--num-epochs", "10000", "--data-folder", mnist_folder, cwd=tmp_path)
-    wait_for((tmp_path / LAST).is_file, process)
+    wait_for((tmp_path / "models" / "run" / "model_1.pt").is_file, process)
     os.rename(tmp_path / folder, tmp_path / "elsewhere")
     process.stderr = process.communicate()[1]
     if folder == "logs":

@@ -80,7 +80,7 @@ def test_every_script_follows_the_factor(tmp_path):
         result = run_script(script, *flags, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         if script == "train_prior.py":
-            assert re.search(r"An image is 2×2 = 4 codes\. An epoch takes about \d+ seconds, 2 epochs", result.stdout)
+            assert re.search(r"An image is 2×2 = 4 codes\. An epoch takes about \d+ seconds, the whole", result.stdout)
     assert checkpoint.load_model(tmp_path / "models" / "run" / "best.pt")[0].downsample == 16
     # model_EPOCH.pt of every second epoch.
     assert {path.name for path in (tmp_path / "models" / "run").glob("model_*")} == {"model_2.pt", "model_4.pt"}

@@ -18,7 +18,7 @@ from data import downloads
 from utils import arguments
 
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
-           "docs/figures.py", "testers.py", "benchmarks/speed.py")
+           "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py")
 HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib"
 
 
@@ -90,6 +90,21 @@ for words in (["VQ-VAE.py", "--dataset", "MNIST-10k", "--num-epochs", "1", "--k"
     result = run_command(sys.executable, "-c", program, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "generatedImages" / "prior.png").is_file() and (tmp_path / "codes.npz").is_file()
+
+
+# ---------------------------------------------------------------- too little memory
+
+@pytest.mark.parametrize(("error", "line"), [
+    ("MemoryError", True), ("ImportError('x.so: failed to map segment')", True),
+    ("ImportError('no such module')", False)])
+def test_too_little_memory_to_load_torch_is_one_line(error, line, tmp_path):
+    (tmp_path / "torch.py").write_text(f"raise {error}")
+    result = run_command(sys.executable, ROOT / "evaluate.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    if line:
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("evaluate.py: error: memory has run out while torch was loaded")
+    else:
+        assert result.returncode == 1 and "no such module" in result.stderr and "Traceback" in result.stderr
 
 
 # ---------------------------------------------------------------- Ctrl-C

@@ -4,6 +4,7 @@ Imports no torch, so that --help and a mistyped flag are answered at once.
 """
 
 import argparse
+import os
 import signal
 import sys
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def kill_workers():
 def describe_error(error):
     """An error's message, without the error number and quotes of a system error."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     text = str(error)
     if " in DataLoader worker process " in text:        # the worker's own error is the last line of its traceback
         text = text.strip().splitlines()[-1].partition(": ")[2]

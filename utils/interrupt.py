@@ -1,4 +1,4 @@
-"""Ctrl-C while a script is starting: one line and exit status 130 instead of a traceback.
+"""Ctrl-C, or too little memory, while a script is starting: one line instead of a traceback.
 
 A script that is run calls exit_at_once_from_here() before all other imports, since importing torch takes seconds.
 """
@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 from contextlib import contextmanager, suppress
+
+# In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads and oneDNN.
+LACK_OF_MEMORY = "failed to map segment", "allocate memory", "can't start new thread", "could not create a primitive"
 
 
 def reports():
@@ -22,10 +25,23 @@ def exit_at_once(*_):
     os._exit(130)
 
 
+def explain_lack_of_memory(kind, error, traceback):
+    """A sys.excepthook: one line and exit status 2 if there is too little memory to load torch."""
+    if not issubclass(kind, MemoryError) and not any(words in str(error) for words in LACK_OF_MEMORY):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if reports():
+        with suppress(OSError):
+            os.write(2, f"{os.path.basename(sys.argv[0])}: error: memory has run out while torch was loaded: close "
+                        "other programs, or take a machine with more\n".encode(errors="replace"))
+    os._exit(2)
+
+
 def exit_at_once_from_here():
-    """Install the handler, unless SIGINT is ignored or has another handler."""
+    """Install the handlers, unless SIGINT is ignored or has another handler."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_at_once)
+    sys.excepthook = explain_lack_of_memory
 
 
 @contextmanager

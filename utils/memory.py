@@ -2,6 +2,8 @@
 
 import torch
 
+from utils import interrupt
+
 BUDGET = 39_680_000         # float32 numbers, 159 MB: what 500 maps take that are sampled from the shipped prior
 
 
@@ -27,4 +29,5 @@ def samples_that_fit(prior):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out. torch raises a RuntimeError for that on a CPU."""
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in interrupt.LACK_OF_MEMORY)

@@ -116,15 +116,17 @@ def open_writer(folder, suffix=""):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             error.filename = error.filename or str(folder)
+        if error.errno == errno.ENOENT:
+            check_folder_exists(folder)
         raise
     finally:
         threading.excepthook = former
 
 
-def check_folder_exists(writer):
+def check_folder_exists(folder):
     """Raise FileNotFoundError if a writer's folder has been removed: it would write to a deleted file in silence."""
-    if not Path(writer.log_dir).is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the folder has been removed", str(writer.log_dir))
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder has been removed", str(folder))
 
 
 # ---------------------------------------------------------------- the text track

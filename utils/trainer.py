@@ -76,11 +76,14 @@ class Trainer:
     def running(self):
         """Within the block, signals end the training after the current step, and the TensorBoard writer is open.
 
-        A system error becomes a ValueError that says what is saved and how to resume.
+        A new training is saved at the start. A system error becomes a ValueError that says what is saved and how to
+        resume.
         """
         writer = tensorboard_logs.open_writer(self.files.logs, self.files.log_suffix)
         with StopSignals() as self.signals, explain_errors(self.out_of_memory, self.files), \
                 distributed.main_process_only(writer) as self.writer:
+            if not self.state.step:
+                self.save_checkpoint()
             try:
                 yield
             finally:
@@ -90,8 +93,6 @@ class Trainer:
     def epochs(self):
         """The numbers of the epochs to do, an interrupted one first."""
         state = self.state
-        if not state.step:
-            self.save_checkpoint()
         self.stop_if_asked()
         while not self.done():
             self.epoch_start = time.perf_counter() - state.seconds
@@ -128,7 +129,7 @@ class Trainer:
         if state.batches % LOG_EVERY == 0 or state.batches == self.steps_per_epoch:
             means = dict(zip(self.loss_names, self.finite_losses().mean(dim=0).tolist()))
             if self.writer:
-                tensorboard_logs.check_folder_exists(self.writer)
+                tensorboard_logs.check_folder_exists(self.writer.log_dir)
             if self.writer and self.step_tag:
                 tensorboard_logs.log_steps(self.writer, state.step, self.step_tag, means, self.lr)
             self.bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
