@@ -34,6 +34,27 @@ def test_pretrained_model_is_the_one_in_model_txt():
     assert contents["config"]["hidden_size"] == 40 and contents["config"]["num_codes"] == 512
 
 
+def test_colour_model_is_the_one_in_model_txt_and_reconstructs_the_pictures_of_the_docs():
+    path = ROOT / "pretrained" / "vqvae-cifar10.pt"
+    assert path.stat().st_size < 1_500_000 and hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
+    model, contents = checkpoint.load_model(path)
+    section = RECORD.split("for colour photographs\n")[1]
+    command = re.search(r"python3 VQ-VAE\.py .*", section)[0]
+    args = import_script("VQ-VAE.py").get_parser().parse_args(shlex.split(command)[2:])
+    assert (model.quantizer.dim, model.quantizer.num_codes, model.downsample) == (args.hidden_size, args.k, 4)
+    assert "training" not in contents and contents["dataset"]["folder"] == args.data_folder == "cifar10"
+    assert f"{contents['test']['reconstruction']:.5f}" in section and f"step {contents['step']}" in section
+    # Rows of originals, each above its reconstructions.
+    picture = torch.from_numpy(np.array(Image.open(ROOT / "readme_images" / "cifar10-pairs.png"))).permute(2, 0, 1)
+    cells = torch.stack([picture[:, 2 + 34 * i:, 2 + 34 * j:][:, :32, :32] for i in range(10) for j in range(10)])
+    originals, shown = cells.unflatten(0, (5, 2, 10)).transpose(0, 1).flatten(1, 2)
+    x = data.to_model_range(originals)
+    with torch.no_grad():
+        reconstructions = model(x).reconstruction
+    assert (data.to_bytes(reconstructions).float() - shown.float()).abs().mean() < 0.5      # a latent between two codes
+    assert 0.008 < (reconstructions - x).square().mean() < 0.018                   # the test set's is 0.0129
+
+
 def test_checkpoint_record_track_and_logs_agree():
     contents = checkpoint.load(checkpoint.PRETRAINED)
     header, *lines = TRACK.splitlines()
