@@ -4,8 +4,8 @@ Writes models/NAME (checkpoints, arguments, a text track) and logs/NAME (TensorB
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from utils import arguments, cli
 

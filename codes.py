@@ -4,8 +4,8 @@ And back: python3 codes.py --decode codes.npz --output images.npz decodes them. 
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from utils import arguments, cli
 

@@ -5,8 +5,8 @@ one, whose prior is pretrained/prior.pt.
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from pathlib import Path
 

@@ -7,8 +7,8 @@ many of each class (of digits, row i is the digit i), and `--input random` decod
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 import argparse
 from pathlib import Path
@@ -113,7 +113,7 @@ def own_images(path, shape, generator):
             count = ROWS**2 - len(images)
             for image in image_folder.map_in_threads(read, [paths[row] for row in order[:count]]):
                 if isinstance(image, ValueError):
-                    print(f"left out: {image}", file=sys.stderr)
+                    print(f"left out: {cli.printable(str(image))}", file=sys.stderr)
                 else:
                     images.append(image)
             order = order[count:]

@@ -4,8 +4,8 @@ Each check is a function of the device. pytest also collects them, and runs them
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from utils import arguments, cli
 

@@ -4,8 +4,8 @@ A small CNN on real digits, slightly rotated, scaled and shifted. Writes models/
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from utils import arguments, cli
 

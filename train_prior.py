@@ -6,8 +6,8 @@ whose prior it replaces only with --overwrite.
 """
 
 if __name__ == "__main__":
-    from utils import interrupt
-    interrupt.exit_at_once_from_here()
+    from utils import startup
+    startup.prepare()
 
 from utils import arguments, cli
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils import distributed
+from utils.cli import printable
 
 MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files in every epoch
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
@@ -138,9 +139,9 @@ class ImageFiles(Dataset):
         rows = sorted(self.unreadable.intersection(rows))
         if rows and not self.reported:
             self.reported = True
+            names = ", ".join(printable(str(self.paths[row])) for row in rows[:3]) + ", …" * (len(rows) > 3)
             tqdm.write(f"{len(rows):,} of {len(self):,} images cannot be read, the next image of the set was taken "
-                       f"instead: {', '.join(str(self.paths[row]) for row in rows[:3])}" + ", …" * (len(rows) > 3),
-                       file=sys.stderr)
+                       f"instead: {names}", file=sys.stderr)
 
 
 class FileBatches:

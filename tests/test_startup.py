@@ -1,5 +1,6 @@
 """Start of the scripts: no heavy imports for --help and usage errors, and a one-line message on Ctrl-C at any time."""
 
+import os
 import re
 import shutil
 import signal
@@ -107,6 +108,32 @@ def test_too_little_memory_to_load_torch_is_one_line(error, line, tmp_path):
         assert result.returncode == 1 and "no such module" in result.stderr and "Traceback" in result.stderr
 
 
+# ---------------------------------------------------------------- consoles
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_any_encoding(script):
+    result = run_command(sys.executable, ROOT / script, "--help", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "--help" in result.stdout and not result.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("streams", ["> /dev/full 2> /dev/full", "2>&-", "| true"])
+def test_output_that_nobody_can_read_changes_no_exit_status(streams, tmp_path):
+    train = (f"{sys.executable} {ROOT}/VQ-VAE.py --dataset MNIST-10k --num-epochs 1 --k 4 --hidden-size 2 "
+             f"--batch-size 3000 --output-folder ünïx {streams}; exit ${{PIPESTATUS[0]}}")
+    result = run_command("bash", "-c", train, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert checkpoint.load(tmp_path / "models" / "ünïx" / "last.pt")["epoch"] == 1
+    wrong = f"{sys.executable} {ROOT}/VQ-VAE.py --k 0 {streams}; exit ${{PIPESTATUS[0]}}"
+    assert run_command("bash", "-c", wrong, cwd=tmp_path).returncode == 2
+
+
+def test_control_characters_in_names_are_not_sent_to_the_console(tmp_path):
+    result = run_command(sys.executable, ROOT / "evaluate.py", "--model", "a\x1b[31m\tb\nc", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr == (
+        "evaluate.py: error: --model a\\x1b[31m b c: No such file or directory\n")
+
+
 # ---------------------------------------------------------------- Ctrl-C
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,9 +177,9 @@ def test_ctrl_c_raises_keyboard_interrupt_only_inside_the_context():
     program = f"""
 import signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from utils import interrupt
-interrupt.exit_at_once_from_here()
-with interrupt.as_exception():
+from utils import startup
+startup.prepare()
+with startup.as_exception():
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:

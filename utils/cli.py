@@ -6,10 +6,9 @@ Imports no torch, so that --help and a mistyped flag are answered at once.
 import argparse
 import os
 import signal
-import sys
 from contextlib import contextmanager
 
-from utils import arguments, interrupt
+from utils import arguments, startup
 
 MAX_MESSAGE = 2000          # characters; text from a damaged file can be of any length
 RUN_NAME_ARGUMENTS = ("help", "output_folder", "model", "resume", "overwrite")
@@ -45,8 +44,8 @@ class Parser(argparse.ArgumentParser):
         command line, the first one of each machine does.
         """
         if report is None:
-            report = interrupt.reports()
-        line = " ".join(message.split())
+            report = startup.reports()
+        line = printable(" ".join(message.split()))
         line = line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
         self.exit(2, f"{self.prog}: error: {line}\n" if report else None)
 
@@ -97,11 +96,9 @@ class Parser(argparse.ArgumentParser):
         from utils import distributed  # imports torch, as the script has by now
         from utils.memory import is_out_of_memory
 
-        with interrupt.as_exception():
+        with startup.as_exception():
             try:
                 yield
-                if sys.stdout:          # not closed
-                    sys.stdout.flush()
             except (OSError, ValueError) as error:
                 self.error(describe_error(error), distributed.should_report_error())
             except (RuntimeError, MemoryError) as error:
@@ -132,6 +129,11 @@ def kill_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their death
     for child in children:
         child.kill()
+
+
+def printable(text):
+    """Text, such as a file's name, with control characters as their escape sequences."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def describe_error(error):

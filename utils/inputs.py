@@ -10,7 +10,7 @@ import torch
 import checkpoint
 import data
 from utils import distributed, files
-from utils.cli import errors_name_flag
+from utils.cli import errors_name_flag, printable
 
 
 def find_device(name):
@@ -55,8 +55,8 @@ def load_data(name, folder, shape):
         train_set, test_set = data.load(name, folder, shape)
     left_out = train_set.left_out if name == data.FOLDER else ()
     if left_out and distributed.is_main_process():
-        print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: "
-              f"{', '.join(str(path) for path in left_out[:3])}" + ", …" * (len(left_out) > 3), file=sys.stderr)
+        names = ", ".join(printable(str(path)) for path in left_out[:3]) + ", …" * (len(left_out) > 3)
+        print(f"Left out of {folder}, {len(left_out):,} that Pillow cannot read: {names}", file=sys.stderr)
     return train_set, test_set
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils import interrupt
+from utils import startup
 
 BUDGET = 39_680_000         # float32 numbers, 159 MB: what 500 maps take that are sampled from the shipped prior
 
@@ -30,4 +30,4 @@ def samples_that_fit(prior):
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out. torch raises a RuntimeError for that on a CPU."""
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in interrupt.LACK_OF_MEMORY)
+        words in str(error) for words in startup.LACK_OF_MEMORY)

@@ -1,6 +1,6 @@
-"""Ctrl-C, or too little memory, while a script is starting: one line instead of a traceback.
+"""What a script does before all other imports, since importing torch takes seconds: prepare().
 
-A script that is run calls exit_at_once_from_here() before all other imports, since importing torch takes seconds.
+Ctrl-C, or too little memory, while it starts is one line instead of a traceback; and no printing can fail it.
 """
 
 import os
@@ -37,11 +37,44 @@ def explain_lack_of_memory(kind, error, traceback):
     os._exit(2)
 
 
-def exit_at_once_from_here():
-    """Install the handlers, unless SIGINT is ignored or has another handler."""
+def prepare():
+    """Install the handlers, unless SIGINT is ignored or has another handler, and make the console safe to print to."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:      # closed: no other file may get its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_at_once)
     sys.excepthook = explain_lack_of_memory
+
+
+class Console:
+    """A standard stream whose failures change no exit status: it is closed, full, or cannot show a character."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):          # not a notebook's
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        with self._failures_ignored():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self._failures_ignored():
+            self.stream.flush()
+
+    @contextmanager
+    def _failures_ignored(self):
+        try:
+            yield
+        except OSError:
+            with open(os.devnull, "w") as nowhere:      # takes what is in the buffer, and all that follows
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 @contextmanager
