@@ -27,13 +27,13 @@ def get_parser():
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
     group.add_argument("--image-size", type=arguments.multiple_of(DOWNSAMPLES[0], 8, LARGEST_SIDE), default=64,
                        metavar="S", help="with --dataset folder: images become S×S pixels, S is a multiple of "
-                                         f"--downsample up to {LARGEST_SIDE} {shown}")
+                                         f"--downsample, at least twice as large, up to {LARGEST_SIDE} {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
     cli.add_num_workers(group)
 
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=arguments.integer(1), default=40, metavar="D",
+    group.add_argument("--hidden-size", "--hidden-size-vae", type=arguments.integer(1), default=40, metavar="D",
                        help=f"size D of a latent vector and of the hidden layers {shown}")
     group.add_argument("--k", type=arguments.integer(1), default=512, metavar="K",
                        help=f"number of codes in the codebook {shown}")
@@ -318,6 +318,8 @@ def run(args, parser, argv):
             if not args.resume and distributed.is_main_process():
                 with trainer.optional("the first reconstructions"):
                     tensorboard_logs.log_images(trainer.writer, trainer.model, batches.shown, epoch=0)
+                with trainer.optional("the graph"):
+                    tensorboard_logs.log_graph(trainer.writer, trainer.model, batches.shown)
             train(trainer, batches)
     print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {trainer.state.best:.4f}, "
           f"in epoch {trainer.state.best_epoch}.\n"

@@ -44,6 +44,7 @@ CLASSIFIER = PRETRAINED.with_name("classifier.pt")
 MAX_DEPTH = 9               # of nested dictionaries and lists
 LARGEST_SIDE = 512          # pixels; a damaged file must not ask for any amount of memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
+WRAPPERS = "state_dict", "model_state_dict"         # names under which other code saves a state_dict
 
 
 def save(path, contents):
@@ -56,13 +57,17 @@ def save(path, contents):
 def load(path, device="cpu"):
     """The contents of a VQ-VAE's checkpoint, or of a bare state_dict of the published network.
 
-    Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a VQ-VAE.
+    "path" and "sha256", which are not in the file, are those of the file. A state_dict may be wrapped in a dictionary
+    of one of WRAPPERS. Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a VQ-VAE.
     """
-    contents = _read(path, device)
+    contents, sha256 = _read(path, device)
+    if isinstance(contents, dict) and "kind" not in contents:
+        contents = next((contents[name] for name in WRAPPERS if name in contents), contents)
     if isinstance(contents, dict) and contents and all(
             isinstance(name, str) and torch.is_tensor(value) for name, value in contents.items()):
         contents = _from_state_dict(contents)
     _check_kind(contents, "vqvae", "a VQ-VAE")
+    contents |= {"path": str(path), "sha256": sha256}
     match contents.get("dataset"):
         case {"name": str(), "shape": [int(), int(), int()], **more}:
             names = more.get("classes", [])
@@ -72,7 +77,10 @@ def load(path, device="cpu"):
 
 
 def _read(path, device):
-    """The contents of a file of torch.save, tensors and plain values only: objects that could run code are refused."""
+    """The contents of a file of torch.save, and its SHA-256: both from the same bytes.
+
+    Tensors and plain values only: objects that could run code are refused.
+    """
     data = Path(path).read_bytes()                  # outside the try, so that an OSError passes
     file, size = io.BytesIO(data), len(data)
     if not size:
@@ -94,7 +102,7 @@ def _read(path, device):
             place = "cpu" if torch.device(device).type == "mps" else device
             contents = torch.load(file, map_location=place, weights_only=True)
         _check_values(contents, size)
-        return contents
+        return contents, hashlib.sha256(data).hexdigest()
     except Exception as error:                      # a damaged file can make torch.load raise anything
         raise ValueError("not a checkpoint: the file is damaged or of another kind, "
                          "or it holds objects that could run code, which are never read") from error
@@ -133,7 +141,7 @@ def _check_kind(contents, kind, name):
 
 def check_kind(path, kind):
     """Raise ValueError unless the file at path is a checkpoint of a kind: "prior" or "classifier"."""
-    _check_kind(_read(path, "cpu"), kind, f"a {kind}")
+    _check_kind(_read(path, "cpu")[0], kind, f"a {kind}")
 
 
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):
@@ -157,20 +165,22 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     return model, contents
 
 
-def load_prior(path, vqvae_path, device="cpu"):
+def load_prior(path, vqvae, device="cpu"):
     """The prior in a checkpoint, in evaluation mode, and the checkpoint's contents.
 
-    Raises OSError if a file cannot be opened, ValueError if the file at path is not a checkpoint of
-    a prior, or its codes are those of another VQ-VAE than the one in vqvae_path.
+    vqvae: the path of its VQ-VAE, or what load_model() has returned for it. Raises OSError if a file cannot be opened,
+    ValueError if the file at path is not a checkpoint of a prior, or its codes are those of another VQ-VAE.
     """
-    contents = _read(path, device)
+    contents, _ = _read(path, device)
     _check_kind(contents, "prior", "a prior")
-    if contents.get("vqvae") != sha256(vqvae_path):
+    vqvae, vqvae_contents = vqvae if isinstance(vqvae, tuple) else load_model(vqvae)
+    vqvae_path = vqvae_contents["path"]
+    if contents.get("vqvae") != vqvae_contents["sha256"]:
         raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: train one for it with "
                          f"python3 train_prior.py --model {vqvae_path}")
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
-    prior, (vqvae, vqvae_contents) = _rebuild(CodePrior, contents, device), load_model(vqvae_path)
+    prior = _rebuild(CodePrior, contents, device)
     names = contents.get("classes", [str(i) for i in range(prior.num_classes)])
     if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"it does not name its {prior.num_classes} classes: the file is damaged")
@@ -186,7 +196,7 @@ def load_classifier(path, device="cpu"):
 
     Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a classifier.
     """
-    contents = _read(path, device)
+    contents, _ = _read(path, device)
     _check_kind(contents, "classifier", "a classifier")
     return _rebuild(DigitClassifier, {**contents, "config": {}}, device), contents
 
@@ -224,11 +234,6 @@ def _rebuild(kind, contents, device):
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError("the checkpoint's weights are not all finite numbers")
     return model.eval()
-
-
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _from_state_dict(state):

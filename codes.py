@@ -44,7 +44,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
 from data import code_maps
 from metrics import samples
@@ -124,9 +123,9 @@ def encode(model, dataset, args):
 @torch.no_grad()
 def decode(model, indices, device):
     """Codes (N, h, w) of any integer type → uint8 images (N, C, H, W)."""
-    images = []
+    images, smallest = [], str(code_maps.smallest_type(model.quantizer.num_codes)).removeprefix("torch.")
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        for batch in samples.decode_batches(model, torch.from_numpy(indices.astype(np.int64)), device):
+        for batch in samples.decode_batches(model, torch.from_numpy(indices.astype(smallest)), device):
             images.append(data.to_bytes(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)
@@ -138,12 +137,11 @@ def run(args):
     with cli.errors_name_flag("--output", output):
         check_output(output, "images" if args.decode else "indices", args.overwrite)
     model, contents, path = inputs.open_model(args)
-    sha256 = checkpoint.sha256(path)
     if args.decode:
         with cli.errors_name_flag("--decode", args.decode):
-            arrays = read_codes(args.decode, model, sha256)
+            arrays = read_codes(args.decode, model, contents["sha256"])
         arrays = {"images": decode(model, arrays["indices"], args.device), "labels": arrays["labels"],
-                  "model_sha256": sha256}
+                  "model_sha256": contents["sha256"]}
         summary = f"{len(arrays['images']):,} images"
     else:
         name, *parts = inputs.open_data(args, contents)
@@ -152,7 +150,8 @@ def run(args):
             indices, labels = encode(model, dataset, args)
         K, (h, w) = model.quantizer.num_codes, indices.shape[1:]
         arrays = {"indices": indices, "labels": labels, "num_codes": K, "image_shape": dataset.shape,
-                  "dataset": name, "class_names": dataset.classes, "part": args.part, "model_sha256": sha256}
+                  "dataset": name, "class_names": dataset.classes, "part": args.part,
+                  "model_sha256": contents["sha256"]}
         summary = (f"{len(indices):,} maps of {h}×{w} codes, at log2 {K} = {math.log2(K):.2f} bits each "
                    f"{math.ceil(indices.size * math.log2(K) / 8):,} bytes")
     with cli.errors_name_flag("--output", output):

@@ -195,7 +195,7 @@ def run(args):
                                    *([args.prior] if args.prior else [])))
     model, contents, path = inputs.open_model(args)
     if args.prior:
-        prior, classes, prior_path = inputs.open_prior(args, path)
+        prior, classes, prior_path = inputs.open_prior(args, model, contents)
     dataset, train_set, test_set = inputs.open_data(args, contents)
     if args.prior:
         classifier = open_classifier(args, data.are_digits(data.describe(dataset, "", test_set)))

@@ -130,9 +130,9 @@ def interleaved(originals, reconstructions):
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 
-def sample_prior(path, generator, args):
+def sample_prior(model, contents, generator, args):
     """100 code maps (100, h, w) from the prior: equally many of each class, or all of args.label."""
-    prior, classes, _ = inputs.open_prior(args, path)
+    prior, classes, _ = inputs.open_prior(args, model, contents)
     labels = samples.balanced_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
@@ -166,7 +166,7 @@ def generate(args):
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     if args.input in ("random", "prior"):
         map_size, name = model.map_size(*contents["dataset"]["shape"][1:]), args.input
-        maps = (sample_prior(path, generator, args) if args.input == "prior" else
+        maps = (sample_prior(model, contents, generator, args) if args.input == "prior" else
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
         images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps, args.device)])
     else:

@@ -127,7 +127,7 @@ class VectorQuantizedVAE(nn.Module):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
         if min(hidden_size, num_codes) < 1:
             raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are integers from 1 on")
-        if downsample not in DOWNSAMPLES:
+        if type(downsample) is not int or downsample not in DOWNSAMPLES:
             raise ValueError(f"downsample is {', '.join(map(str, DOWNSAMPLES))}, not {downsample}")
         self.channels, self.downsample = channels, downsample
         self.encoder = Encoder(channels, hidden_size, downsample)

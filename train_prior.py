@@ -62,7 +62,7 @@ from torch.utils.data import Dataset
 
 import checkpoint
 import data
-from data.code_maps import encode_sets, offsets_up_to
+from data.code_maps import encode_sets, offsets_up_to, smallest_type
 from metrics import nats_per_code, samples
 from modules import DOWNSAMPLES
 from prior import CodePrior
@@ -79,6 +79,7 @@ SAMPLED_MAPS = 100              # the most that are sampled to be looked at
 SAMPLE_SHARE = 0.1              # of an epoch's time, for these samples
 MEASURED_CODES = 2048           # in the steps whose time is measured before the training
 LONG_TRAINING = 3600            # seconds, from which on it is said how to make it shorter
+LARGE_MAPS = 10**9              # bytes, from which on it is said how many there are
 PATIENCE = 3                    # epochs without a lower test loss, after which the training stops
 COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
 # Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
@@ -162,12 +163,12 @@ def calibrate_and_evaluate(prior, maps, device):
 
 
 def log_samples(trainer, vqvae, epoch):
-    """A grid of sampled images, as many as take a tenth of the epoch's time.
+    """A grid of sampled images, as many as take a tenth of the epoch's time, but at least two seconds.
 
-    The other processes wait for it, but no longer than a tenth of their time limit.
+    The other processes wait for it, but no longer than a tenth of their time limit: a minute.
     """
     prior, device, generator = trainer.model, trainer.args.device, torch.Generator().manual_seed(trainer.args.seed)
-    seconds = min(max(1, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
+    seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
     most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
     maps, columns = samples.sample_columns(prior, most, seconds, generator, device)
     images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps, device)]
@@ -182,19 +183,26 @@ def random_batch(prior, rows, device):
     return maps.to(device), *torch.zeros(2, rows, dtype=torch.int64, device=device)
 
 
-def describe_cost(trainer, vqvae, shape):
+def describe_cost(trainer, source):
     """What is printed before a training: the codes of an image, the time that it will take, how to shorten it."""
-    args, (h, w) = trainer.args, vqvae.map_size(*shape[1:])
+    args, vqvae, N, (H, W) = trainer.args, source.vqvae, trainer.num_images, source.shape[1:]
+    h, w = vqvae.map_size(H, W)
     rows = min(distributed.per_process_batch_size(args.batch_size), max(1, MEASURED_CODES // (h * w)))
-    seconds = cost.estimate_epoch_seconds(trainer, nats, random_batch(trainer.model, rows, args.device))
-    epochs = args.num_epochs - trainer.state.epoch + 1
+    # A map that is tested, twice, or calibrated takes a third of one in a step.
+    maps = (N + 2 / 3 * len(source.test_set)) / distributed.world_size() + min(CALIBRATION_MAPS, N) / 3
+    seconds = maps * cost.seconds_per_item(trainer, nats, random_batch(trainer.model, rows, args.device))
+    seconds, epochs = (1 + SAMPLE_SHARE) * seconds, args.num_epochs - trainer.state.epoch + 1
     line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
             f"the whole training about {cost.duration(epochs * seconds)}.")
+    size = len(offsets_up_to(args.shift)) * N * h * w * smallest_type(vqvae.quantizer.num_codes).itemsize
+    if size > LARGE_MAPS:
+        line += f" The code maps take {size / 1e9:.1f} GB of memory" + ", less with --shift 0" * (args.shift > 0) + "."
     if epochs * seconds < LONG_TRAINING:
         return line
     fewer = 2 * vqvae.downsample
-    fits = fewer in DOWNSAMPLES and not (shape[1] % fewer or shape[2] % fewer)
-    return (f"{line} It takes less with fewer --num-epochs, a smaller --width or --layers, on a GPU (--device auto)"
+    fits = fewer in DOWNSAMPLES and not (H % fewer or W % fewer)
+    return (f"{line} It takes less with fewer --num-epochs, a smaller --width or --layers"
+            + ", on a GPU (--device auto)" * (args.device == "cpu")
             + f", or with a VQ-VAE trained with --downsample {fewer}: a quarter of the codes" * fits + ".")
 
 
@@ -205,6 +213,7 @@ class Source(NamedTuple):
 
     vqvae: torch.nn.Module
     path: str
+    sha256: str                     # of its file
     shape: list                     # [C, H, W]
     dataset: str                    # its name
     train_set: Dataset
@@ -218,7 +227,7 @@ def load_source(args, vqvae, contents, path):
     shape = contents["dataset"]["shape"]
     if train_set.shape != shape:
         raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
-    return Source(vqvae.to(args.device), path, shape, dataset, train_set, test_set)
+    return Source(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, test_set)
 
 
 def build_trainer(args, files, source, saved=None):
@@ -230,7 +239,7 @@ def build_trainer(args, files, source, saved=None):
               "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
               "drop_label": args.drop_label, "num_shifts": len(offsets_up_to(args.shift))}
     metadata = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
-                "vqvae": checkpoint.sha256(source.path), "dataset": source.dataset}
+                "vqvae": source.sha256, "dataset": source.dataset}
     if classes != list(data.DIGITS):
         metadata["classes"] = classes
     if saved:
@@ -302,7 +311,7 @@ def run(args, parser, argv):
     with only(files.locked_folder(folder, flag)), only(files.locked_folder(logs, flag)):
         if args.resume:
             with cli.errors_name_flag("--resume", run_files.last):
-                _, saved = checkpoint.load_prior(run_files.last, path)
+                _, saved = checkpoint.load_prior(run_files.last, (vqvae, contents))
                 args = parser.resumed_arguments(args, argv, saved)
                 args.device = inputs.find_device(args.device)
                 distributed.use_own_gpu(args.device)
@@ -320,9 +329,10 @@ def run(args, parser, argv):
             trainer.note_environment()
         else:
             trainer.choose_precision(nats, random_batch(trainer.model, MEASURED_IMAGES, args.device))
-        print(describe_cost(trainer, source.vqvae, source.shape), flush=True)
-        maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
-                           args.num_workers)
+        print(describe_cost(trainer, source), flush=True)
+        with inputs.memory_for(f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
+            maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
+                               args.num_workers)
         if distributed.is_main_process():
             with cli.errors_name_flag("--model", path):
                 prepare_folders(args, trainer.state, run_files)

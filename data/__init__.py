@@ -70,12 +70,34 @@ def batches(dataset, batch_size, generator=None, num_workers=None, pin_memory=Fa
         num_workers = image_folder.default_num_workers() if num_workers is None else num_workers
         return image_folder.FileBatches(whole, rows, BatchSampler(order, batch_size, drop_last=False), num_workers,
                                         pin_memory, **loading)
-    return DataLoader(dataset, batch_size, sampler=order, num_workers=num_workers or 0, pin_memory=pin_memory,
-                      **loading)
+    if not num_workers:
+        return DataLoader(dataset, batch_size, sampler=order, pin_memory=pin_memory, **loading)
+    loading["collate_fn"] = as_arrays
+    return ArrayBatches(image_folder.data_loader(dataset, batch_size, sampler=order, num_workers=num_workers,
+                                                 **loading), pin_memory)
+
+
+class ArrayBatches:
+    """A DataLoader's batches as tensors. Its worker processes send NumPy arrays: tensors need space in /dev/shm."""
+
+    def __init__(self, loader, pin_memory):
+        self.loader, self.pin_memory = loader, pin_memory
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            images, labels = map(torch.from_numpy, batch)
+            yield images.pin_memory() if self.pin_memory else images, labels
 
 
 def identity(batch):
     return batch
+
+
+def as_arrays(batch):
+    return [tensor.numpy() for tensor in batch]
 
 
 def ignore_signals(_worker):

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -26,6 +27,8 @@ MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files i
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
 TEST_SHARE = 0.1                # of the images, if there is no test folder
 NO_CLASS = "."                  # the class of images outside the sub-folders
+# Which Pillow recognises and leaves to others: to Ghostscript, to libraries that are not there, to the system.
+FOREIGN_FORMATS = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
 
 def read_image(path, height, width, channels):
@@ -34,15 +37,26 @@ def read_image(path, height, width, channels):
     Raises OSError if the system cannot read it, ValueError if Pillow cannot.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of damaged metadata, and of large sizes
-            image = _to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
-            pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+            with _open(path) as image:
+                image = _to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+                pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
     except Exception as error:      # a damaged file makes Pillow raise whatever it trips over
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(f"{path} is no image that Pillow can read ({' '.join(str(error).split())})") from error
     return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
+
+
+def _formats():
+    """The formats that Pillow decodes itself."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in FOREIGN_FORMATS]
+
+
+def _open(path):
+    return Image.open(path, formats=_formats())
 
 
 def _to_mode(image, mode):
@@ -114,8 +128,9 @@ class ImageFiles(Dataset):
         raise ValueError(f"not one of the {len(self):,} images in this set can be read; the first is {self.paths[0]}")
 
     def keep(self):
-        """Keep images in memory once they have been read."""
-        self.kept, self.is_kept = torch.empty(len(self), *self.shape, dtype=torch.uint8), np.zeros(len(self), bool)
+        """Keep images in memory once they have been read, if there is room for all of them."""
+        with suppress(RuntimeError):        # torch's lack of memory
+            self.kept, self.is_kept = torch.empty(len(self), *self.shape, dtype=torch.uint8), np.zeros(len(self), bool)
 
     def missing(self, rows):
         """Those of rows that have to be read."""
@@ -166,12 +181,19 @@ class FileBatches:
                 yield files.missing(ordered[-1])
 
         num_workers = min(self.num_workers, len(self)) if files.missing(self.rows) else 0
-        for read in DataLoader(files, batch_sampler=rows_to_read(), num_workers=num_workers, **self.loading):
+        for read in data_loader(files, batch_sampler=rows_to_read(), num_workers=num_workers, **self.loading):
             rows = ordered.popleft()
             images, labels = files.collect(rows, read)
             yield images.pin_memory() if self.pin_memory else images, labels
             all_rows += rows
         files.report_replaced(all_rows)
+
+
+def data_loader(*args, **kwargs):
+    """A DataLoader that does not warn of more processes than there are cores."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return DataLoader(*args, **kwargs)
 
 
 def keep_in_memory(*sets):
@@ -215,7 +237,7 @@ def load(folder, shape):
     files = [(path, root) for root in roots for path in list_files(root)]
     if not files:
         raise ValueError("there is no file in it" + " but in folders other than train and test" * separate)
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
     images, left_out = [], []
     for path, root in files:
         if path.suffix.lower() in suffixes or _has_image_header(path):
@@ -262,8 +284,9 @@ def list_files(root):
 def _has_image_header(path):
     """Whether Pillow recognises a file of any name. Raises OSError if the system cannot read it."""
     try:
-        with warnings.catch_warnings(), Image.open(path):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _open(path).close()
             return True
     except Exception as error:      # as in read_image()
         if isinstance(error, OSError) and error.errno and not isinstance(error, PermissionError):

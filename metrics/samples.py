@@ -56,7 +56,7 @@ def sample_maps(prior, labels, sampling, generator, device, bar=None):
 
 
 def sample_columns(prior, most, seconds, generator, device):
-    """Sample columns of code maps, one row for each of ten classes, until `most` maps are there or the time is up.
+    """Sample columns of code maps, in up to ten rows of a class each, until `most` maps are there or the time is up.
 
     → maps (rows · columns, h, w), on the CPU, row by row; the number of columns. Raises RuntimeError if the time is too
     short for one column.
@@ -69,7 +69,7 @@ def sample_columns(prior, most, seconds, generator, device):
         for code in prior.sample_in_order(labels, generator=generator):
             codes.append(code.cpu())        # waits for the device, so that the clock is right
             if not columns and time.perf_counter() - start > seconds:
-                raise RuntimeError(f"{rows} of them take longer than {seconds:.0f} s, a tenth of an epoch: "
+                raise RuntimeError(f"{rows} of them take longer than the {seconds:.0f} s that they may: "
                                    "--sample-every 0 leaves them out")
         columns.append(torch.stack(codes, dim=1))                     # (rows, T)
     return torch.stack(columns, dim=1).view(-1, prior.height, prior.width), len(columns)

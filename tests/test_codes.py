@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,19 @@ def load_images_and_model(folder):
 
 
 @torch.no_grad()
+def test_model_and_its_sha256_come_from_one_read(tmp_path, monkeypatch):
+    """So that a model that is replaced while a script starts cannot get another one's."""
+    monkeypatch.chdir(tmp_path)
+    read, paths = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: paths.append(self.name) or read(self))
+    for script, *flags in (("codes.py", "--dataset", "MNIST-10k", "--part", "test", "--output", "codes.npz"),
+                           ("codes.py", "--decode", "codes.npz", "--output", "images.npz"),
+                           ("generate.py", "--input", "prior")):
+        paths.clear()
+        import_script(script).main(flags)
+        assert paths.count("vqvae.pt") == 1
+
+
 def test_saved_codes_decode_exactly_to_the_reconstructions(codes_folder):
     x, model = load_images_and_model(codes_folder)
     codes = load_arrays(codes_folder / "codes.npz")
@@ -65,7 +79,7 @@ def test_codes_file_is_complete_and_small(codes_folder):
     assert codes["indices"].dtype == np.uint16 and codes["labels"].dtype == np.uint8
     assert codes["num_codes"] == 512 and codes["image_shape"].tolist() == [1, 28, 28]
     assert codes["dataset"] == "MNIST-10k" and codes["part"] == "test"
-    assert codes["model_sha256"] == checkpoint.sha256(codes_folder / "model.pt")
+    assert codes["model_sha256"] == checkpoint.load(codes_folder / "model.pt")["sha256"]
     assert codes["class_names"].tolist() == list("0123456789")
     size, stdout = (codes_folder / "codes.npz").stat().st_size, (codes_folder / "stdout.txt").read_text()
     assert f"codes.npz: {size:,} bytes, 1,000 maps of 7×7 codes" in stdout and "9.00 bits each 55,125 bytes" in stdout

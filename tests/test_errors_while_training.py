@@ -1,5 +1,6 @@
 """Errors during training: full disk, removed folder, second run on the same folder, non-finite losses."""
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from helpers import build_trainer, drop_capabilities, expect_usage_error, run_sc
 from test_resume import assert_same_run
 
 import checkpoint
+import data
 import metrics
 from modules import VectorQuantizedVAE
 from utils import files, interruptions, tensorboard_logs
@@ -55,6 +57,37 @@ def test_out_of_memory_error_names_what_asked_for_memory(tmp_path):
         trainer = build_trainer(tmp_path, "--dataset", "MNIST-10k", "--batch-size", batch_size)[1]
         trainer.in_step = in_step
         assert all(part in trainer.out_of_memory() for part in parts), trainer.out_of_memory()
+
+
+def kill_worker():
+    """Kill the process that loads images, when it loads the tenth batch."""
+    load, calls = data.Images.__getitem__, []
+
+    def load_or_die(self, rows):
+        calls.append(rows)
+        if torch.utils.data.get_worker_info() and len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, rows)
+
+    data.Images.__getitems__ = load_or_die
+
+
+def test_killed_worker_process_is_one_line(mnist_folder, tmp_path):
+    result = run_script(*RUN, "--num-workers", 1, "--data-folder", mnist_folder, cwd=tmp_path, prepare=kill_worker)
+    assert_one_line_error(result, "a process that loads images has died", f"{LAST} is intact, resume with: ")
+    assert 0 < torch.load(tmp_path / LAST, weights_only=True)["step"] < 30
+
+
+@pytest.mark.skipif(not files.fcntl, reason="no locks")
+def test_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    for number in (errno.ENOLCK, errno.ENOSYS):
+        monkeypatch.setattr(files.fcntl, "flock", mock.Mock(side_effect=OSError(number, "No locks available")))
+        with files.locked_folder(tmp_path / "run", "--output-folder run"):
+            pass
+        assert f"{tmp_path / 'run'} cannot be locked (No locks available)" in capsys.readouterr().err
+    monkeypatch.setattr(files.fcntl, "flock", mock.Mock(side_effect=OSError(errno.EIO, "a disk that fails")))
+    with pytest.raises(OSError, match="a disk that fails"), files.locked_folder(tmp_path / "run", ""):
+        pass
 
 
 # ---------------------------------------------------------------- save first, log later

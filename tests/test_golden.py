@@ -99,7 +99,7 @@ def write_missing():
             prior = CodePrior(**config)
             checkpoint.save(GOLDEN / f"{name}.pt", {
                 "format": 1, "kind": "prior", "config": config, "dataset": "MNIST", "epoch": 2,
-                "vqvae": checkpoint.sha256(GOLDEN / f"{vqvae}.pt"),
+                "vqvae": checkpoint.load(GOLDEN / f"{vqvae}.pt")["sha256"],
                 "model": {key: value * (20 if value.dim() > 1 else 1) for key, value in prior.state_dict().items()},
                 "test": {"nats_per_code": 2.0, "bits_per_pixel": 0.2}})
             np.savez(GOLDEN / f"{name}.npz", **prior_outputs(GOLDEN / f"{name}.pt", GOLDEN / f"{vqvae}.pt"))

@@ -97,6 +97,21 @@ def test_images_are_center_cropped_and_not_stretched(tmp_path):
     assert np.array_equal(flat[0], pixels)
 
 
+def test_formats_that_pillow_leaves_to_other_programs_are_no_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)           # Ghostscript
+    for shade in range(4):
+        Image.new("L", (8, 8), 40 * shade).save(tmp_path / f"{shade}.png")
+    Image.new("L", (8, 8)).save(tmp_path / "drawing.eps")
+    (tmp_path / "photo.png").write_bytes((tmp_path / "drawing.eps").read_bytes())
+    (tmp_path / "drawing").write_bytes((tmp_path / "drawing.eps").read_bytes())
+    (tmp_path / "film.mpg").write_bytes(b"\x00\x00\x01\xb3" + bytes(100))
+    train, test = data.load("folder", tmp_path, [1, 8, 8])
+    assert {path.name for path in train.left_out} == {"drawing.eps", "drawing", "film.mpg"}
+    assert len(train) + len(test) == 5          # photo.png by its name, until it is read
+    with pytest.raises(ValueError, match="no image that Pillow can read"):
+        image_folder.read_image(tmp_path / "photo.png", 8, 8, 1)
+
+
 def test_subfolders_are_classes_and_other_files_are_skipped(images_folder):
     train, test = data.load("folder", images_folder, [3, 16, 16])
     assert train.classes == test.classes == sorted(COLOURS)

@@ -27,6 +27,14 @@ def published_state(hidden_size=8, num_codes=16, channels=1):
     return state
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict"])
+def test_wrapped_state_dict_loads(wrapper, tmp_path):
+    torch.save({wrapper: published_state(), "epoch": 3}, tmp_path / "wrapped.pt")
+    torch.save(published_state(), tmp_path / "bare.pt")
+    (wrapped, _), (bare, _) = (checkpoint.load_model(tmp_path / f"{name}.pt") for name in ("wrapped", "bare"))
+    assert all(torch.equal(value, bare.state_dict()[name]) for name, value in wrapped.state_dict().items())
+
+
 def published_names():
     """The names in the published checkpoint, listed independently of the modules."""
     block = ["1.weight", "1.bias", "4.weight", "4.bias"] + \

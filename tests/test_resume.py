@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import os
 import random
@@ -10,9 +11,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import events, forkserver, import_script, run_script, snapshot
+from PIL import Image
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -109,7 +112,14 @@ def assert_same_run(first, second):
     logged = [logged_values(root / "logs" / "run") for root in (first, second)]
     assert logged[0].keys() == logged[1].keys()
     for tag, values in logged[0].items():
-        assert values == logged[1][tag], tag
+        if tag == ("images", "prior/samples"):      # as many columns as there was time for
+            values, others = [[(step, np.asarray(Image.open(io.BytesIO(picture)))) for step, picture in run[tag]]
+                              for run in logged]
+            for (step, picture), (other_step, other) in zip(values, others, strict=True):
+                width = min(picture.shape[1], other.shape[1]) - 2           # without the last border
+                assert step == other_step and np.array_equal(picture[:, :width], other[:, :width])
+        else:
+            assert values == logged[1][tag], tag
     for path in (first / "logs" / "run").rglob("*.tsv"):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
 
@@ -133,7 +143,7 @@ def signal_at(step, signal_number):
 
 
 @pytest.mark.parametrize("run", [VQVAE, PRIOR], ids=["vqvae", "prior"])
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signalled_run_resumes_bit_for_bit(run, signal_number, uninterrupted, make_folder,
                                            mnist_folder):
     folder = make_folder(run)

@@ -14,7 +14,7 @@ from PIL import Image
 import checkpoint
 import prior
 import vector_quantizer
-from data import code_maps
+from data import Images, code_maps
 from metrics import nats_per_code, samples
 from modules import DOWNSAMPLES, VectorQuantizedVAE, vqvae_losses
 from utils import memory, tensorboard_logs
@@ -205,8 +205,36 @@ def test_samples_stop_when_the_time_is_up(monkeypatch):
     assert draw(seconds=10**6)[1] == 10
     maps, columns = draw(seconds=12)                    # five ticks of the clock for the first column, one for another
     assert maps.shape == (10 * columns, 2, 2) and 1 < columns < 10
-    with pytest.raises(RuntimeError, match="10 of them take longer than 3 s"):
+    with pytest.raises(RuntimeError, match="10 of them take longer than the 3 s that they may"):
         draw(seconds=3)
+
+
+def test_price_counts_steps_tests_and_epochs_left(tmp_path, monkeypatch):
+    script = import_script("train_prior.py")
+    vqvae = VectorQuantizedVAE(hidden_size=4, num_codes=300)
+    sets = [Images(torch.zeros(N, 1, 32, 64, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
+            for N in (6000, 900)]
+    source = script.Source(vqvae, "", "", [1, 32, 64], "MNIST", *sets)
+    measured = []
+    monkeypatch.setattr(script.cost.speed, "measure_step_seconds",
+                        lambda step, *_, **__: measured.append(step()) or [2.56])
+
+    def describe(*flags):
+        args = script.get_parser().parse_args(["--width", "8", "--heads", "1", *flags])
+        trainer = script.build_trainer(args, None, source)
+        trainer.state.epoch = 3
+        return script.describe_cost(trainer, source)
+
+    # 16 maps in 2.56 s; 6,000 to train, 900 to test twice, 3,000 to calibrate, and a tenth more for samples.
+    line = describe("--num-epochs", "4")
+    assert line.startswith("An image is 8×16 = 128 codes. An epoch takes about 22 minutes, the whole training about 45")
+    assert "--downsample" not in line and measured[0].requires_grad
+    line = describe("--num-epochs", "12")
+    assert "about 3.7 hours" in line and "--downsample 8: a quarter of the codes" in line and "GB" not in line
+    monkeypatch.setattr(script, "LARGE_MAPS", 10**6)
+    assert "take 0.0 GB of memory, less with --shift 0." in describe() and "--shift" not in describe("--shift", "0")
+    assert [script.cost.duration(seconds) for seconds in (0.1, 119, 120, 7199, 7200)] == [
+        "2 seconds", "119 seconds", "2 minutes", "120 minutes", "2.0 hours"]
 
 
 # ---------------------------------------------------------------- pictures

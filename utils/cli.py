@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             if name in RUN_NAME_ARGUMENTS or (name in CHANGEABLE_ARGUMENTS and given[name] != not_given):
                 continue
             if settings.get(name) is None:
-                if given[name] not in (not_given, None):
+                if given[name] not in (not_given, None, self.get_default(name)):
                     raise ValueError(f"{flag} {given[name]} contradicts the run, which was started without {flag}")
                 continue
             if not isinstance(settings[name], bool if action.nargs == 0 else int | float | str):
@@ -104,6 +104,8 @@ class Parser(argparse.ArgumentParser):
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
                     message = "memory has run out: close other programs, or take a machine with more"
+                elif is_dead_worker(error):
+                    message = describe_dead_worker(error)
                 elif distributed.is_peer_failure(error):
                     message = distributed.describe_peer_failure(error)
                 else:
@@ -129,6 +131,15 @@ def kill_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would report their death
     for child in children:
         child.kill()
+
+
+def is_dead_worker(error):
+    """Whether torch's error says that a process of a DataLoader has died."""
+    return "DataLoader worker (pid" in str(error)
+
+
+def describe_dead_worker(error):
+    return f"a process that loads images has died, perhaps for lack of memory ({str(error).splitlines()[0].strip()})"
 
 
 def printable(text):
@@ -209,7 +220,7 @@ def add_model_arguments(parser):
                         help="where the data set is, or is downloaded to once "
                              "(default: that of the model's own image folder, MNIST for the others)")
     add_num_workers(parser)
-    parser.add_argument("--hidden-size", type=arguments.integer(1), metavar="D",
+    parser.add_argument("--hidden-size", "--hidden-size-vae", type=arguments.integer(1), metavar="D",
                         help="size of a latent vector (default: read from the model's file)")
     parser.add_argument("--k", type=arguments.integer(1), metavar="K",
                         help="number of codes (default: read from the model's file)")

@@ -2,17 +2,19 @@
 
 import copy
 
-from utils import distributed, speed
+from utils import speed
+from utils.interruptions import explain_errors
 
 MEASURE_SECONDS = 1
 
 
-def estimate_epoch_seconds(trainer, compute_loss, batch):
-    """About how long the steps of an epoch take: compute_loss(model, *batch) → a loss, with some rows of a batch."""
+def seconds_per_item(trainer, compute_loss, batch):
+    """About how long a training step takes for each row of a batch: compute_loss(model, *batch) → a loss."""
     model = copy.deepcopy(trainer.model)            # so that the trainer's does not change
-    [seconds] = speed.measure_step_seconds(lambda: compute_loss(model, *batch), trainer.args.device,
-                                           [trainer.bfloat16], MEASURE_SECONDS)
-    return seconds / len(batch[0]) * trainer.num_images / distributed.world_size()
+    with explain_errors(trainer.out_of_memory):
+        [seconds] = speed.measure_step_seconds(lambda: compute_loss(model, *batch), trainer.args.device,
+                                               [trainer.bfloat16], MEASURE_SECONDS, min_rounds=1)
+    return seconds / len(batch[0])
 
 
 def duration(seconds):
@@ -21,4 +23,4 @@ def duration(seconds):
         return f"{seconds / 3600:.1f} hours"
     if seconds >= 2 * 60:
         return f"{seconds / 60:.0f} minutes"
-    return f"{seconds:.0f} seconds"
+    return f"{max(2, seconds):.0f} seconds"

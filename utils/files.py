@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +12,7 @@ except ImportError:         # Windows, where no lock on a folder is released whe
     fcntl = None
 
 TEMPORARY = ".unfinished"
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP         # of some network folders
 
 _locked = set()             # descriptors of the folders that this process has locked
 if fcntl:                   # a worker process of a DataLoader must not keep them locked when this one is killed
@@ -74,9 +76,12 @@ def locked_folder(folder, flag):
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 free = os.path.samestat(os.fstat(held), os.stat(folder))      # not one that was just removed
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
+                if error.errno not in (*NO_LOCKS, errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
                     raise
-                free = False
+                free = error.errno in NO_LOCKS
+                if free:
+                    print(f"{folder} cannot be locked ({error.strerror}): start no other run that writes to it",
+                          file=sys.stderr)
             if not free:
                 raise ValueError(f"{flag}: another run writes to {folder}: wait until it has ended, or stop it")
             yield

@@ -1,6 +1,7 @@
 """Opens what the flags name: the device, the model, its data, the prior."""
 
 import os
+import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import checkpoint
 import data
 from utils import distributed, files
 from utils.cli import errors_name_flag, printable
+from utils.memory import is_out_of_memory
 
 
 def find_device(name):
@@ -60,11 +62,17 @@ def load_data(name, folder, shape):
     return train_set, test_set
 
 
-def open_prior(args, model_path):
-    """The prior that the arguments name, else the one beside the model. → prior, names of its classes, its path."""
-    path = args.prior or str(Path(model_path).with_name("prior.pt"))
+def open_prior(args, model, contents):
+    """The prior that the arguments name, else the one beside the model of open_model(). → prior, its classes, its path
+
+    Raises ValueError if there is none.
+    """
+    path = args.prior or str(Path(contents["path"]).with_name("prior.pt"))
     with errors_name_flag("--prior", path):
-        prior, contents = checkpoint.load_prior(path, model_path, args.device)
+        if not args.prior and not os.path.exists(path):
+            raise ValueError("the model has no prior yet: train one with "
+                             + shlex.join(["python3", "train_prior.py", "--model", contents["path"]]))
+        prior, contents = checkpoint.load_prior(path, (model, contents), args.device)
         return prior, contents.get("classes", list(data.DIGITS)), path
 
 
@@ -83,9 +91,11 @@ def check_target(path, kind, overwrite, otherwise=""):
 
 
 @contextmanager
-def memory_for(flags):
-    """Turn torch's error for lack of memory into a ValueError that names the flags."""
+def memory_for(flags, advice="for a model of this size, choose smaller ones"):
+    """Turn an error for lack of memory into a ValueError that names the flags."""
     try:
         yield
-    except RuntimeError as error:
-        raise ValueError(f"{flags}: no memory for a model of this size, choose smaller ones") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(f"{flags}: no memory {advice}") from error

@@ -4,19 +4,23 @@ import signal
 from contextlib import contextmanager
 
 from utils import distributed
-from utils.cli import describe_error
+from utils.cli import describe_dead_worker, describe_error, is_dead_worker
 from utils.memory import is_out_of_memory
+
+# Of Ctrl-C, of a job scheduler, and where there is one, of a terminal that is closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopSignals:
-    """Inside, SIGINT and SIGTERM only set `received`, to the first one's number.
+    """Inside, STOP_SIGNALS only set `received`, to the first one's number.
 
     Any of several processes may receive one, and all have to stop after the same step.
     """
 
     def __enter__(self):
         self.received = None
-        self.former = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.former = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}
         return self
 
     def __exit__(self, *_):
@@ -51,6 +55,8 @@ def explain_errors(out_of_memory, files=None):
     except (RuntimeError, MemoryError) as error:        # torch raises RuntimeError for lack of memory, among others
         if distributed.is_peer_failure(error):
             raise stopped(distributed.describe_peer_failure(error)) from error
+        if is_dead_worker(error):
+            raise stopped(describe_dead_worker(error)) from error
         if not is_out_of_memory(error):
             raise
         message = out_of_memory()

@@ -45,17 +45,17 @@ def bfloat16_support(device):
     return True if features.get("amx_bf16") or features.get("avx512_bf16") else None
 
 
-def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE_SECONDS):
+def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE_SECONDS, min_rounds=MIN_ROUNDS):
     """→ the seconds of step(), which returns a loss, and its backward pass, for each of precisions: without and with
     bfloat16 autocast.
 
-    The minimum of each, measured in turn for about so many seconds in all, but at least MIN_ROUNDS times: the first one
+    The minimum of each, measured in turn for about so many seconds in all, but at least min_rounds times: the first one
     warms up. No random state changes.
     """
     kind, best, start, rounds = torch.device(device).type, dict.fromkeys(precisions, math.inf), time.perf_counter(), 0
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(kind, lambda: None)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
-        while rounds < MIN_ROUNDS or time.perf_counter() - start < seconds:
+        while rounds < min_rounds or time.perf_counter() - start < seconds:
             for amp in precisions:
                 begin = time.perf_counter()
                 with torch.autocast(kind, torch.bfloat16, enabled=amp):

@@ -9,7 +9,8 @@ import sys
 from contextlib import contextmanager, suppress
 
 # In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads and oneDNN.
-LACK_OF_MEMORY = "failed to map segment", "allocate memory", "can't start new thread", "could not create a primitive"
+LACK_OF_MEMORY = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
+                  "could not create a primitive")
 
 
 def reports():
@@ -41,7 +42,7 @@ def prepare():
     """Install the handlers, unless SIGINT is ignored or has another handler, and make the console safe to print to."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:      # closed: no other file may get its number
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))       # noqa: SIM115
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_at_once)

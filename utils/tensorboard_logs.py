@@ -8,7 +8,7 @@ import io
 import shutil
 import threading
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def images_in_grid(most, height, width):
 
 @torch.no_grad()
 def log_images(writer, model, images, epoch):
-    """The reconstructions of uint8 images (B, C, H, W); in epoch 0 the originals and the model's graph too.
+    """The reconstructions of uint8 images (B, C, H, W); in epoch 0 the originals too.
 
     Leaves the model in evaluation mode.
     """
@@ -182,12 +182,17 @@ def log_images(writer, model, images, epoch):
     device, (H, W) = next(model.parameters()).device, images.shape[2:]
     if epoch == 0:
         writer.add_image("images/original", grid(images, GRID_COLUMNS, GRID_PADDING), 0)
-        with warnings.catch_warnings():     # the tracer warns of every shape that Python reads
-            warnings.simplefilter("ignore")
-            writer.add_graph(model, to_model_range(images[:1, :, :min(H, THUMBNAIL), :min(W, THUMBNAIL)], device))
     reconstructions = [to_bytes(model(to_model_range(batch, device)).reconstruction)
                        for batch in images.split(images_that_fit(H, W, model.quantizer.dim))]
     writer.add_image("images/reconstruction", grid(torch.cat(reconstructions), GRID_COLUMNS, GRID_PADDING), epoch)
+
+
+def log_graph(writer, model, images):
+    """The model's graph, for one of uint8 images (B, C, H, W). Leaves the model in evaluation mode."""
+    x = to_model_range(images[:1, :, :THUMBNAIL, :THUMBNAIL], next(model.parameters()).device)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):     # of every shape that Python reads; of an error
+        warnings.simplefilter("ignore")
+        writer.add_graph(model.eval(), x)
 
 
 @torch.no_grad()
