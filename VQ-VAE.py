@@ -88,6 +88,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -266,10 +267,11 @@ def prepare_folders(trainer, models, logs):
         logs.mkdir(parents=True, exist_ok=True)
         files.remove_temporary_files(models)
         # last.pt first: an interrupted deletion must not leave a run that could be resumed.
-        for pattern in ("last.pt", "best.pt", "model_[0-9]*.pt", "prior.pt", "prior-last.pt", "args.json",
-                        tensorboard_logs.TRACK, tensorboard_logs.PRIOR_TRACK):
-            for path in models.glob(pattern):
-                path.unlink()
+        own = ["last.pt", "best.pt", "prior.pt", "prior-last.pt", "args.json", tensorboard_logs.TRACK,
+               tensorboard_logs.PRIOR_TRACK]
+        for path in [*map(models.joinpath, own), *models.glob("model_*.pt")]:
+            if path.name in own or re.fullmatch(r"model_[1-9]\d*\.pt", path.name):
+                path.unlink(missing_ok=True)
         tensorboard_logs.remove_logs(logs)
     settings = {**vars(args), "bfloat16": trainer.bfloat16, "environments": trainer.environments}
     files.write_atomically(models / "args.json", json.dumps(settings, indent=2).encode())
@@ -309,8 +311,9 @@ def run(args, parser, argv):
         if distributed.is_main_process():
             with cli.errors_name_flag("--output-folder", args.output_folder):
                 prepare_folders(trainer, models, logs)
-        print(f"Training on {trainer.metadata['dataset'].get('folder', args.dataset)}: {trainer.num_images:,} images, "
-              f"{len(batches.test_set):,} to test, on {args.device}" + distributed.describe_processes()
+        described = (f"{args.dataset}: {trainer.num_images:,} images, {len(batches.test_set):,} to test"
+                     if args.dataset != data.FOLDER else batches.train_set.description)
+        print(f"Training on {described}, on {args.device}" + distributed.describe_processes()
               + (f", from step {trainer.state.step:,} on." if args.resume else "."))
         print(*trainer.state.track, sep="\n", flush=True)
         start = time.perf_counter()

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from metrics.classifier import DigitClassifier
 from modules import VectorQuantizedVAE
 from prior import TAIL_BINS, CodePrior
-from utils.files import write_atomically
+from utils.files import read_file, write_atomically
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
@@ -81,7 +81,7 @@ def _read(path, device):
 
     Tensors and plain values only: objects that could run code are refused.
     """
-    data = Path(path).read_bytes()                  # outside the try, so that an OSError passes
+    data = read_file(path)                          # outside the try, so that an OSError passes
     file, size = io.BytesIO(data), len(data)
     if not size:
         raise ValueError("the file is empty")

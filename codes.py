@@ -90,7 +90,7 @@ def read_codes(path, model, sha256):
 
     Raises OSError if it cannot be opened, ValueError if it is not such a file, or its codes are another model's.
     """
-    contents = Path(path).read_bytes()              # outside the try, so that an OSError passes
+    contents = files.read_file(path)                # outside the try, so that an OSError passes
     try:
         with np.load(io.BytesIO(contents), allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}

@@ -98,6 +98,8 @@ def own_images(path, shape, generator):
     """The image at a path, or up to 100 of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
     C, H, W = shape
     with cli.errors_name_flag("--input", path):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError("it is neither a regular file nor a folder")
         if not path.is_dir():
             return image_folder.read_image(path, H, W, C).unsqueeze(0)
 

@@ -152,7 +152,7 @@ def describe(name, folder, dataset):
     if dataset.classes != list(DIGITS):
         description["classes"] = dataset.classes
     if name == FOLDER:
-        description |= {"folder": os.path.abspath(folder), "images": len(dataset)}
+        description |= {"folder": os.path.abspath(folder), "images": len(dataset), "files": dataset.fingerprint}
     return description
 
 

@@ -27,6 +27,10 @@ MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files i
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
 TEST_SHARE = 0.1                # of the images, if there is no test folder
 NO_CLASS = "."                  # the class of images outside the sub-folders
+# Names of the folders of the training, the test and the validation set, in upper or lower case.
+SETS = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
+MAX_LEVELS = 10                 # of folders that hold nothing but a folder
+OWN_FOLDERS = "models", "logs", "generatedImages"       # which the scripts write; their pictures are no data
 # Which Pillow recognises and leaves to others: to Ghostscript, to libraries that are not there, to the system.
 FOREIGN_FORMATS = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 
@@ -79,8 +83,6 @@ class ImageFiles(Dataset):
     In place of a file that cannot be read, the next one of the set that can is taken, with its label. classes: the
     labels' names.
     """
-
-    left_out = ()               # paths of the files in the folder that are no images
 
     def __init__(self, paths, labels, shape, classes):
         self.paths, self.labels, self.shape, self.classes = paths, labels, shape, classes
@@ -225,18 +227,15 @@ def map_in_threads(function, items):
 def load(folder, shape):
     """The images below a folder as [C, H, W] = shape: training set and test set. No image is read yet.
 
-    Its sub-folders are the classes. Folders train and test are the two sets, each with its sub-folders; without them a
-    tenth of all images, always the same, is the test set. Files that are no images are in the training set's left_out.
-    Raises ValueError if there are fewer than two images, OSError if there is no such folder.
+    Its sub-folders are the classes. Folders train and test, or else val, are the two sets, each with its sub-folders;
+    without them a tenth of all images, always the same, is the test set. Both sets have left_out, the files that are no
+    images, description, how the folder was read, and fingerprint, a hash of the files' names and sizes. Raises
+    ValueError if there are fewer than two images, OSError if there is no such folder.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    separate = (folder / "train").is_dir() and (folder / "test").is_dir()
-    roots = [folder / "train", folder / "test"] if separate else [folder]
+    folder, roots, ignored = _find_sets(Path(folder))
     files = [(path, root) for root in roots for path in list_files(root)]
     if not files:
-        raise ValueError("there is no file in it" + " but in folders other than train and test" * separate)
+        raise ValueError(f"there is no file in {' or '.join(map(str, roots))}")
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
     images, left_out = [], []
     for path, root in files:
@@ -244,7 +243,7 @@ def load(folder, shape):
             images.append((path, root))
         else:
             left_out.append(path)
-    is_test = [root == roots[1] for _, root in images] if separate else _in_test_share(images)
+    is_test = [root == roots[1] for _, root in images] if len(roots) == 2 else _in_test_share(images)
     names = [_class_name(path, root) for path, root in images]
     classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
@@ -255,8 +254,49 @@ def load(folder, shape):
                                shape, classes))
     if not all(len(part) for part in sets):
         raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed")
-    sets[0].left_out = left_out
+    description = _describe(folder, sets, roots, ignored)
+    fingerprint = _fingerprint(folder, [path for path, _ in images])
+    for part in sets:
+        part.left_out, part.description, part.fingerprint = left_out, description, fingerprint
     return tuple(sets)
+
+
+def _find_sets(folder):
+    """→ the folder that holds the images; the folders of the training and the test set, or the folder; those ignored.
+
+    Where a folder holds nothing but another one with sub-folders, it is that one.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    for _ in range(MAX_LEVELS):
+        inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+        if len(inside) != 1 or not inside[0].is_dir() or not any(path.is_dir() for path in inside[0].iterdir()):
+            break
+        folder = inside[0]
+    by_name = {path.name.lower(): path for path in inside if path.is_dir()}
+    train, test, validation = (next((by_name[name] for name in names if name in by_name), None) for names in SETS)
+    if not train or not (test or validation):
+        return folder, [folder], []
+    roots = [train, test or validation]
+    return folder, roots, [path.name for path in inside if path not in roots]
+
+
+def _describe(folder, sets, roots, ignored):
+    """One line on how the folder was read."""
+    classes, (train, test) = sets[0].classes, [f"{len(part):,}" for part in sets]
+    names = ", ".join(printable(name) for name in classes[:5]) + ", …" * (len(classes) > 5)
+    where = [f" (in {root.name})" for root in roots] if len(roots) == 2 else ["", ""]
+    return (f"{folder}: {len(classes)} class{'es' * (len(classes) > 1)} ({names}), {train} images to train{where[0]}, "
+            f"{test} to test{where[1]}" + f"; ignored: {', '.join(map(printable, ignored[:5]))}" * bool(ignored))
+
+
+def _fingerprint(folder, paths):
+    """A hash of the names and sizes of files: another one if a file was added, removed, renamed, moved or edited."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name}/{path.stat().st_size}/".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def list_files(root):
@@ -268,12 +308,13 @@ def list_files(root):
         raise error
 
     found, above = [], {str(root): {Path(os.path.realpath(root))}}          # the parents of each folder, links resolved
+    own = [Path(os.path.realpath(name)) for name in OWN_FOLDERS]
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         outer = above.pop(folder)
         for name in folders.copy():
             path = os.path.join(folder, name)
             real = Path(os.path.realpath(path))
-            if name.startswith(".") or any(other.is_relative_to(real) for other in outer):
+            if name.startswith(".") or real in own or any(other.is_relative_to(real) for other in outer):
                 folders.remove(name)
             else:
                 above[path] = outer | {real}

@@ -1,5 +1,6 @@
 """Invalid input: a one-line error that names flag and value, exit status 2, no change on disk."""
 
+import os
 import pickle
 import shutil
 
@@ -8,6 +9,7 @@ import torch
 from helpers import drop_capabilities, expect_usage_error, import_script, run_script, snapshot, write_mnist
 
 import checkpoint
+from prior import CodePrior
 from utils import inputs
 
 BUNDLED = ("--dataset", "MNIST-10k")
@@ -212,3 +214,37 @@ def test_unwritable_folder_is_rejected(script, locked, arguments, folder, model)
             "generatedImages": "--filename x"}[locked]
     assert flag in result.stderr and locked in result.stderr and "ermission" in result.stderr
     assert snapshot(folder) == before
+
+
+# ---------------------------------------------------------------- devices, pipes, too much of a name
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero") or not hasattr(os, "mkfifo"), reason="no devices and pipes")
+@pytest.mark.parametrize("words", ["evaluate.py --model {}", "generate.py --input {}",
+                                   "generate.py --input prior --prior {}", "evaluate.py --prior {}",
+                                   "codes.py --output images.npz --decode {}"])
+def test_devices_and_pipes_are_not_read(words, folder, capsys):
+    os.mkfifo("pipe")
+    for path in ("/dev/zero", "pipe"):
+        script, *flags = words.format(path).split()
+        flags += ["--model", checkpoint.PRETRAINED] if "--model" not in flags else []
+        line = expect_usage_error(script, flags, capsys)
+        assert path in line and "regular file" in line
+    assert [path.name for path in folder.iterdir()] == ["pipe"]
+
+
+def test_guidance_needs_a_prior_that_was_trained_without_classes_too(folder, model, capsys):
+    vqvae, contents = checkpoint.load_model(model)
+    h, w = vqvae.map_size(28, 28)
+    config = {"num_codes": vqvae.quantizer.num_codes, "height": h, "width": w, "layers": 1, "embedding": 4, "heads": 1,
+              "drop_label": 0.0}
+    checkpoint.save("prior.pt", {"format": 1, "kind": "prior", "config": config, "vqvae": contents["sha256"],
+                                 "dataset": "MNIST", "model": CodePrior(**config).state_dict()})
+    flags = ["--model", model, "--input", "prior", "--prior", "prior.pt"]
+    assert "--guidance 2: it was trained with --drop-label 0" in expect_usage_error(
+        "generate.py", [*flags, "--guidance", "2"], capsys)
+    import_script("generate.py").main([str(word) for word in flags])
+    os.mkdir("other")
+    shutil.copy(model, "other/a copy.pt")
+    capsys.readouterr()
+    line = expect_usage_error("generate.py", ["--model", "other/a copy.pt", "--input", "prior"], capsys)
+    assert "no prior yet: train one with python3 train_prior.py --model 'other/a copy.pt'" in line

@@ -151,6 +151,60 @@ def test_train_and_test_folders_define_the_split(tmp_path):
     assert shades(train) == [0, 10, 20] and shades(test) == [1, 11]
 
 
+@pytest.mark.parametrize(("folders", "sets", "ignored"), [
+    (("train/cat", "train/dog", "val/dog"), ("train", "val"), ""),
+    (("Training/cat", "Training/dog", "VALIDATION/cat"), ("Training", "VALIDATION"), ""),
+    (("train/cat", "train/dog", "test/cat", "val/dog"), ("train", "test"), "; ignored: val"),
+    (("archive/data/train/cat", "archive/data/train/dog", "archive/data/Test/cat"), ("train", "Test"), ""),
+    (("archive/cat", "archive/dog"), None, ""), (("cat/train", "dog/test"), None, "")])
+def test_usual_layouts_are_understood_and_described(folders, sets, ignored, tmp_path):
+    for shade, folder in enumerate(folders):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (5, 5), 50 * shade).save(tmp_path / folder / f"{i}.png")
+    train, test = data.load("folder", tmp_path, [1, 4, 4])
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert f": 2 classes (cat, dog), {len(train)} images to train" in train.description
+    assert train.description.endswith(ignored) and ("ignored" in train.description) == bool(ignored)
+    if sets:
+        assert f"to train (in {sets[0]}), {len(test)} to test (in {sets[1]})" in train.description
+        assert len(train) == 4 * sum(sets[0] in folder for folder in folders)
+        assert len(test) == 4 * sum(sets[1] in folder for folder in folders)
+    else:
+        assert len(train) == 7 and len(test) == 1
+
+
+def test_fingerprint_notices_every_change_of_a_file_and_no_other(tmp_path):
+    def fingerprint(folder="images"):
+        return data.load("folder", tmp_path / folder, [1, 4, 4])[0].fingerprint
+
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (5, 5), 9).save(tmp_path / "images" / name)
+    first, seen = fingerprint(), set()
+    (tmp_path / "images" / "a" / "1.png").touch()
+    assert fingerprint() == first
+    for source, target in (("a/1.png", "b/1.png"), ("b/1.png", "b/0.png"), ("a/2.png", "b/2.png")):
+        (tmp_path / "images" / source).rename(tmp_path / "images" / target)
+        seen.add(fingerprint())
+    Image.new("L", (50, 50), 9).save(tmp_path / "images" / "b" / "0.png")       # another picture under the same name
+    seen.add(fingerprint())
+    assert len(seen | {first}) == 5
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert fingerprint("moved") in seen
+
+
+def test_pictures_that_the_scripts_write_are_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog", "generatedImages", "logs/run/00001/codebook", "models"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (5, 5)).save(tmp_path / name / f"{i}.png")
+    train, test = data.load("folder", ".", [1, 4, 4])
+    assert train.classes == ["cat", "dog"] and len(train) + len(test) == 4
+    assert len(image_folder.list_files(tmp_path / "generatedImages")) == 2          # where it is asked for
+
+
 def test_flat_folder_has_one_class_and_a_stable_split(tmp_path):
     write_shades(tmp_path, 30)
     first, reloaded = (data.load("folder", tmp_path, [1, 4, 4]) for _ in range(2))

@@ -285,10 +285,11 @@ def test_same_seed_gives_identical_weights(mnist_folder, tmp_path):
 def test_finished_run_is_replaced_only_with_overwrite(trained, tmp_path):
     for folder in ("models", "logs"):
         shutil.copytree(trained / folder, tmp_path / folder)
-    user_files = {"notes.txt", "classifier.pt", "model_mine.pt"}
+    user_files = {"notes.txt", "classifier.pt", "model_mine.pt", "model_1_my_favourite.pt", "model_2024-05-01.pt"}
     for name in user_files:
         (tmp_path / "models" / "run" / name).write_text("mine")
     (tmp_path / "models" / "run" / "prior.pt").write_text("of the model that is replaced")
+    (tmp_path / "logs" / "run" / "00002" / "codebook" / "mine.txt").write_text("mine")
     before = snapshot(tmp_path)
     refused = run_script("VQ-VAE.py", *TRAIN_ARGS, cwd=tmp_path)
     assert refused.returncode == 2 and "--overwrite" in refused.stderr and "models/run" in refused.stderr
@@ -298,7 +299,8 @@ def test_finished_run_is_replaced_only_with_overwrite(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "models" / "run").iterdir()} == {
         "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", *user_files}
-    assert [path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()] == ["00001"]
+    assert {path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()} == {"00001", "00002"}
+    assert [path.name for path in (tmp_path / "logs" / "run" / "00002").rglob("*.*")] == ["mine.txt"]
     assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
     assert track(tmp_path)["epoch"] == [1]
     paths = (folder / "models" / "run" / "model_1.pt" for folder in (trained, tmp_path))

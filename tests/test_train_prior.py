@@ -200,7 +200,7 @@ def test_bad_input_gets_one_line_errors(folder, tmp_path, monkeypatch, capsys):
             ("generate.py", [*model, *prior, "--guidance", "much"], "--guidance: 'much'"),
             ("generate.py", [*model, *prior, "--prior", "no.pt"], "--prior no.pt: No such file"),
             ("generate.py", [*model, *prior, "--prior", "other.pt"], "not a checkpoint of a prior"),
-            ("generate.py", ["--model", "other.pt", *prior], "--prior prior.pt: No such file"),
+            ("generate.py", ["--model", "other.pt", *prior], "--prior prior.pt: the model has no prior yet"),
             ("generate.py", ["--model", "other.pt", *prior, "--prior", "models/run/prior.pt"],
              "belongs to another VQ-VAE than other.pt"),
             ("generate.py", ["--model", "models/run/prior.pt", *prior], "not a checkpoint of a VQ-VAE"),

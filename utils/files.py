@@ -19,6 +19,13 @@ if fcntl:                   # a worker process of a DataLoader must not keep the
     os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _locked])
 
 
+def read_file(path):
+    """The bytes of a file. Raises OSError if it cannot be read, ValueError if it is a device or a pipe, without end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ValueError("it is not a regular file")
+    return Path(path).read_bytes()
+
+
 def write_atomically(path, data):
     """Write bytes so that path always holds the old file or the new one, never a part of one.
 

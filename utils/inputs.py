@@ -73,6 +73,9 @@ def open_prior(args, model, contents):
             raise ValueError("the model has no prior yet: train one with "
                              + shlex.join(["python3", "train_prior.py", "--model", contents["path"]]))
         prior, contents = checkpoint.load_prior(path, (model, contents), args.device)
+        if args.guidance != 1 and not prior.drop_label:
+            raise ValueError(f"--guidance {args.guidance:g}: it was trained with --drop-label 0 and knows no images "
+                             "without a class: leave --guidance out")
         return prior, contents.get("classes", list(data.DIGITS)), path
 
 

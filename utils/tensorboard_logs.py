@@ -5,7 +5,6 @@ Letters: B images, C channels, H×W pixels, h×w latents, K codes.
 
 import errno
 import io
-import shutil
 import threading
 import warnings
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -65,9 +64,11 @@ def event_files(folder, suffix=""):
 def remove_projector(folder):
     (folder / "projector_config.pbtxt").unlink(missing_ok=True)
     for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9]/{EMBEDDING_TAG}"):
-        shutil.rmtree(path)
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        for name in ("tensors.tsv", "metadata.tsv", "sprite.png"):
+            (path / name).unlink(missing_ok=True)
+        for empty in (path, path.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
 
 
 def truncate_logs(folder, step, epoch, suffix=""):

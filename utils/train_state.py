@@ -94,7 +94,8 @@ def check_metadata(expected, saved):
     for name, value in expected.items():
         found = saved.get(name)
         if name == "dataset" and isinstance(value, dict) and isinstance(found, dict) and "folder" in value:
-            if {**found, "folder": None} != {**value, "folder": None}:      # it may have been moved
+            # It may have been moved. Older files have no "files".
+            if {"files": value["files"], **found, "folder": None} != {**value, "folder": None}:
                 raise ValueError(f"the images in {value['folder']} are not those that the run began with")
         # A setting that an older file does not have was its default then, as it is now.
         elif found != value and not (name == "config" and isinstance(found, dict) and {**value, **found} == value):
