@@ -56,7 +56,7 @@ def get_parser():
                        help=f"learning rate of Adam, the highest one of a schedule {shown}")
     group.add_argument("--lr-schedule", type=arguments.one_of(*SCHEDULES), default="constant", metavar="NAME",
                        help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
-    group.add_argument("--beta", type=arguments.number(minimum=0), default=1.0, metavar="β",
+    group.add_argument("--beta", type=arguments.number(minimum=0, below=1e6), default=1.0, metavar="β",
                        help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
     group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order and restarts {shown}")
@@ -89,6 +89,7 @@ if __name__ == "__main__":
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -278,6 +279,14 @@ def prepare_folders(trainer, models, logs):
     tensorboard_logs.write_track(models / tensorboard_logs.TRACK, state.track)
 
 
+def next_command(parser, args, model):
+    """The command that shows what has been trained."""
+    words = ["python3", "generate.py", "--model", str(model), "--input", "test"]
+    if args.dataset != data.FOLDER and args.data_folder != parser.get_default("data_folder"):
+        words += ["--data-folder", args.data_folder]
+    return shlex.join(words)
+
+
 def run(args, parser, argv):
     """Train from the start, or with --resume from the state in last.pt."""
     args.device = inputs.find_device(args.device)
@@ -327,7 +336,7 @@ def run(args, parser, argv):
     print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {trainer.state.best:.4f}, "
           f"in epoch {trainer.state.best_epoch}.\n"
           f"  checkpoint  {run_files.best}\n  track       {run_files.track}\n  logs        {logs}\n"
-          f"Next: python3 generate.py --model {run_files.best} --input test\n"
+          f"Next: {next_command(parser, args, run_files.best)}\n"
           f"      tensorboard --logdir logs")
 
 

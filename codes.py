@@ -50,6 +50,7 @@ from metrics import samples
 from utils import files, inputs
 from utils.memory import images_that_fit
 
+MAX_UNPACKED = 2**32        # bytes, of a file of codes and of the images that it decodes to
 # In a file of codes.
 ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_names", "part", "model_sha256")
 
@@ -92,6 +93,13 @@ def read_codes(path, model, sha256):
     """
     contents = files.read_file(path)                # outside the try, so that an OSError passes
     try:
+        with zipfile.ZipFile(io.BytesIO(contents)) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except zipfile.BadZipFile:
+        unpacked = 0                                # np.load() says what it is
+    if unpacked > MAX_UNPACKED:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes: decode {MAX_UNPACKED:,} at a time")
+    try:
         with np.load(io.BytesIO(contents), allow_pickle=False) as file:
             arrays = {name: file[name] for name in ARRAYS}
         indices, labels, shape = arrays["indices"], arrays["labels"], arrays["image_shape"].tolist()
@@ -102,6 +110,9 @@ def read_codes(path, model, sha256):
         raise ValueError("not a file of codes: it is damaged or of another kind") from error
     if str(arrays["model_sha256"]) != sha256:
         raise ValueError("its codes belong to another model: give the path of theirs with --model")
+    if fits and len(indices) * C * H * W > MAX_UNPACKED:
+        raise ValueError(f"its {len(indices):,} images of {C}×{H}×{W} are more than {MAX_UNPACKED:,} bytes: decode "
+                         "fewer at a time")
     if not fits or indices.max() >= model.quantizer.num_codes:
         raise ValueError(f"its codes {indices.dtype} {indices.shape}, for images {shape}, do not fit the model: "
                          "the file is damaged")

@@ -146,10 +146,11 @@ def class_number(text, classes):
     """The class with this name or number. Raises ValueError if there is none."""
     if text in classes:
         return classes.index(text)
-    if text.isdecimal() and int(text) < len(classes) and not any(name.isdecimal() for name in classes):
+    is_number = text.isdecimal() and len(text) < 10 and not any(name.isdecimal() for name in classes)
+    if is_number and int(text) < len(classes):
         return int(text)
     known = ", ".join(classes[:100])
-    raise ValueError(f"--label {text}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
+    raise ValueError(f"--label {text[:50]}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
 
 
 def input_images(args, contents, path, generator):

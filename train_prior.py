@@ -52,6 +52,7 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -343,7 +344,8 @@ def run(args, parser, argv):
     if trainer.should_stop_early():
         print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
     print(f"Lowest test loss: {trainer.state.best:.4f} nats per code, in epoch {trainer.state.best_epoch}.\n"
-          f"  prior  {run_files.best}\n  logs   {logs}\nNext: python3 generate.py --model {path} --input prior")
+          f"  prior  {run_files.best}\n  logs   {logs}\n"
+          "Next: " + shlex.join(["python3", "generate.py", "--model", str(path), "--input", "prior"]))
 
 
 def main(argv=None):

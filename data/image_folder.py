@@ -67,9 +67,14 @@ def _to_mode(image, mode):
     """An image of any mode as L or RGB, transparency on white. Raises ValueError if it is of floating point."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of which the white one is not known")
-    if image.mode.startswith("I"):          # 16 bits, which Pillow would clip at 255
-        pixels = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).round().astype(np.uint8))
+    if image.mode.startswith("I"):          # which Pillow would clip at 255
+        pixels, transparent = np.asarray(image).clip(0, 65535), image.info.get("transparency")
+        # 16 bits, whatever the values; of 32-bit integers, which no format defines the white of, the values decide.
+        is_16_bit = image.mode != "I" or image.format == "PNG" or pixels.max() > 255
+        shades = (pixels / (257 if is_16_bit else 1)).round().astype(np.uint8)
+        image = Image.fromarray(np.where(pixels == transparent, np.uint8(255), shades) if transparent else shades)
+    if image.mode == "LAB":                 # which Pillow does not convert to grey
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -36,7 +36,9 @@ INVALID = [("VQ-VAE.py", flag, value) for value in NOT_POSITIVE
 INVALID += [("VQ-VAE.py", flag, value) for flag in ("--num-workers", "--restart-after", "--seed")
             for value in ("-1", "1.5", "none")]
 INVALID += [("VQ-VAE.py", "--lr", value) for value in ("0", "-1e-3", "fast", "nan", "inf")]
-INVALID += [("VQ-VAE.py", "--beta", value) for value in ("-0.1", "β", "nan", "inf")]
+INVALID += [("VQ-VAE.py", "--beta", value) for value in ("-0.1", "β", "nan", "inf", "1e308")]
+INVALID += [(script, flag, value) for value in ("/".join(50 * "a"), 300 * "n")
+            for script, flag in (("VQ-VAE.py", "--output-folder"), ("generate.py", "--filename"))]
 INVALID += [("VQ-VAE.py", "--codebook-init", "random"), ("VQ-VAE.py", "--codebook-update", "adam"),
             ("VQ-VAE.py", "--lr-schedule", "step"), ("VQ-VAE.py", "--dataset", "ImageNet")]
 INVALID += [("VQ-VAE.py", "--output-folder", value)

@@ -50,6 +50,21 @@ def load_images_and_model(folder):
 
 
 @torch.no_grad()
+def test_small_files_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = import_script("codes.py")
+    script.main(["--dataset", "MNIST-10k", "--part", "test", "--output", "codes.npz"])
+    model, contents = checkpoint.load_model(checkpoint.PRETRAINED)
+    arrays = script.read_codes("codes.npz", model, contents["sha256"])
+    script.MAX_UNPACKED = 10**6
+    np.savez_compressed("many.npz", **{**arrays, "indices": np.zeros((2000, 7, 7), np.uint16),
+                                       "labels": np.zeros(2000, np.uint8)})
+    np.savez_compressed("padded.npz", **arrays, more=np.zeros(10**7, np.uint8))
+    for name, words in (("many.npz", "its 2,000 images of 1×28×28"), ("padded.npz", "unpacks to 10,")):
+        with pytest.raises(ValueError, match=words):
+            script.read_codes(name, model, contents["sha256"])
+
+
 def test_model_and_its_sha256_come_from_one_read(tmp_path, monkeypatch):
     """So that a model that is replaced while a script starts cannot get another one's."""
     monkeypatch.chdir(tmp_path)

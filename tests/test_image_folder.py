@@ -68,10 +68,23 @@ def test_transparent_pixels_become_white_and_others_keep_their_colour(tmp_path):
 
 
 def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
-    shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
-    for channels in (1, 3):
-        loaded = image_folder.read_image(save_image(Image.fromarray(shades), tmp_path / "deep.png"), 8, 8, channels)
-        assert np.array_equal(loaded.numpy(), np.broadcast_to(np.round(shades / 257), (channels, 8, 8)))
+    for largest in (255, 256, 65535):               # the depth decides, and not the values
+        shades = np.linspace(0, largest, 64).astype(np.uint16).reshape(8, 8)
+        for suffix in ("png", "tif"):
+            path = save_image(Image.fromarray(shades), tmp_path / f"deep.{suffix}")
+            for channels in (1, 3):
+                loaded = image_folder.read_image(path, 8, 8, channels)
+                assert np.array_equal(loaded.numpy(), np.broadcast_to(np.round(shades / 257), (channels, 8, 8)))
+    path = save_image(Image.fromarray(shades), tmp_path / "transparent.png", transparency=int(shades[2, 3]))
+    loaded = image_folder.read_image(path, 8, 8, 1)[0]
+    assert loaded[2, 3] == 255 and loaded[2, 4] == np.round(shades[2, 4] / 257)
+
+
+def test_lab_images_load_in_colour_and_grey(tmp_path):
+    lab = Image.merge("LAB", [Image.new("L", (8, 8), value) for value in (180, 0, 0)])
+    path = save_image(lab, tmp_path / "lab.tif")
+    colour, grey = (image_folder.read_image(path, 8, 8, channels) for channels in (3, 1))
+    assert grey.float().mean() == pytest.approx(colour.float().mean(), abs=40) and 128 < grey.float().mean() < 220
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,9 @@ DATASETS = ("MNIST-10k", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-by
             "EMNIST-balanced", "EMNIST-letters", "EMNIST-digits", "EMNIST-mnist", "CIFAR10", "SVHN", "folder")
 # Sets of digits like MNIST's, on which the classifier can be trained.
 DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
+
+
+MAX_FOLDERS, MAX_NAME = 20, 200         # of a name: file systems allow 255 bytes, temporary files add some
 
 
 def integer(minimum, maximum=2**63 - 1):
@@ -76,9 +80,12 @@ def name_inside(folder):
     """A type for names and relative paths inside a folder."""
     def convert(text):
         path = Path(text)
-        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable():
+        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable() or text[0] == "-":
             raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
-                                             "give one without a leading / and without ..")
+                                             "give one without a leading / or - and without ..")
+        if len(path.parts) > MAX_FOLDERS or any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):
+            raise argparse.ArgumentTypeError(f"{text!r} is too long: at most {MAX_FOLDERS} folders deep, with "
+                                             f"names of up to {MAX_NAME} bytes")
         return str(path)
     return convert
 
