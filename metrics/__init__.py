@@ -10,7 +10,7 @@ from utils.memory import maps_that_fit
 
 def code_counts(indices, num_codes):
     """How often each of K codes occurs in indices, of any shape: int64 (K,). No host–device synchronisation."""
-    indices = indices.flatten()
+    indices = indices.flatten().long()
     return torch.zeros(num_codes, dtype=torch.int64, device=indices.device).index_add_(
         0, indices, torch.ones_like(indices))
 
