@@ -262,7 +262,10 @@ def prepare_folders(trainer, models, logs):
     args, state = trainer.args, trainer.state
     if args.resume:
         files.remove_temporary_files(models)
-        tensorboard_logs.truncate_logs(logs, state.step, state.epoch - 1)
+        if state.step:
+            tensorboard_logs.truncate_logs(logs, state.step, state.epoch - 1)
+        else:                                       # its first pictures are logged after its first save
+            tensorboard_logs.remove_logs(logs)
     else:
         files.check_unused_folders((models,), args.overwrite)         # another run may have been faster
         logs.mkdir(parents=True, exist_ok=True)
@@ -327,7 +330,7 @@ def run(args, parser, argv):
         print(*trainer.state.track, sep="\n", flush=True)
         start = time.perf_counter()
         with trainer.running():
-            if not args.resume and distributed.is_main_process():
+            if not trainer.state.step and distributed.is_main_process():
                 with trainer.optional("the first reconstructions"):
                     tensorboard_logs.log_images(trainer.writer, trainer.model, batches.shown, epoch=0)
                 with trainer.optional("the graph"):

@@ -23,7 +23,8 @@ def get_parser():
     parser = cli.Parser(check_arguments, description=__doc__)
     parser.add_argument("parts", nargs="*", type=arguments.one_of(*PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default: the first two)")
-    parser.add_argument("--data-folder", type=Path, metavar="PATH", help="the images of the part folder (default: none, it has to be given)")
+    parser.add_argument("--data-folder", type=Path, metavar="PATH",
+                        help="the images of the part folder (default: none, it has to be given)")
     parser.add_argument("--image-size", type=arguments.multiple_of(4, 8, 512), default=32, metavar="S",
                         help="their size in the part folder (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")

@@ -44,6 +44,7 @@ def forkserver():
 def _script_process(script, arguments, cwd, environment, output_folder, prepare):
     """Target of the processes that start_script() starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                # ignored where nohup has started the tests
     multiprocessing.set_start_method(None, force=True)          # the default, as in any other script
     os.chdir(cwd)
     os.environ.clear()

@@ -198,8 +198,8 @@ def test_amp_is_used_only_if_faster_and_kept_on_resume(script, trained, mnist_fo
             shutil.copy(trained / "models" / "run" / "best.pt", tmp_path / name / "models" / "run")
         monkeypatch.chdir(tmp_path / name)
         seconds = {False: 1.5, True: bfloat16_seconds}
-        monkeypatch.setattr(speed, "measure_step_seconds", lambda step, _, dtypes=(False, True), *__, seconds=seconds:
-                            step().backward() or [seconds[dtype] for dtype in dtypes])
+        monkeypatch.setattr(speed, "measure_step_seconds", lambda step, _, dtypes=(False, True), times=seconds, **__:
+                            step().backward() or [times[dtype] for dtype in dtypes])
         main([*flags, "--dataset", "MNIST", "--data-folder", str(mnist_folder), "--batch-size", "300",
               "--num-epochs", "1", *["--amp"] * (name != "plain")])
         output, line = capsys.readouterr().out, "--amp: training in {}, since a small step took"

@@ -13,7 +13,7 @@ def seconds_per_item(trainer, compute_loss, batch):
     model = copy.deepcopy(trainer.model)            # so that the trainer's does not change
     with explain_errors(trainer.out_of_memory):
         [seconds] = speed.measure_step_seconds(lambda: compute_loss(model, *batch), trainer.args.device,
-                                               [trainer.bfloat16], MEASURE_SECONDS, min_rounds=1)
+                                               [trainer.bfloat16], seconds=MEASURE_SECONDS, min_rounds=1)
     return seconds / len(batch[0])
 
 
