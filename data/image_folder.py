@@ -25,6 +25,7 @@ from utils.cli import printable
 
 MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files in every epoch
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
+LARGE_BATCH = 2**24             # bytes, of which each process reads one ahead; of smaller ones two
 TEST_SHARE = 0.1                # of the images, if there is no test folder
 NO_CLASS = "."                  # the class of images outside the sub-folders
 # Names of the folders of the training, the test and the validation set, in upper or lower case.
@@ -188,7 +189,10 @@ class FileBatches:
                 yield files.missing(ordered[-1])
 
         num_workers = min(self.num_workers, len(self)) if files.missing(self.rows) else 0
-        for read in data_loader(files, batch_sampler=rows_to_read(), num_workers=num_workers, **self.loading):
+        is_large = self.batch_sampler.batch_size * math.prod(files.shape) > LARGE_BATCH
+        ahead = (1 if is_large else 2) if num_workers else None
+        for read in data_loader(files, batch_sampler=rows_to_read(), num_workers=num_workers, prefetch_factor=ahead,
+                                **self.loading):
             rows = ordered.popleft()
             images, labels = files.collect(rows, read)
             yield images.pin_memory() if self.pin_memory else images, labels
