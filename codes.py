@@ -95,8 +95,8 @@ def read_codes(path, model, sha256):
     try:
         with zipfile.ZipFile(io.BytesIO(contents)) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
-    except zipfile.BadZipFile:
-        unpacked = 0                                # np.load() says what it is
+    except Exception:                               # np.load() says what it is
+        unpacked = 0
     if unpacked > MAX_UNPACKED:
         raise ValueError(f"it unpacks to {unpacked:,} bytes: decode {MAX_UNPACKED:,} at a time")
     try:
@@ -105,7 +105,8 @@ def read_codes(path, model, sha256):
         indices, labels, shape = arrays["indices"], arrays["labels"], arrays["image_shape"].tolist()
         C, H, W = shape
         fits = (indices.dtype.kind == labels.dtype.kind == "u" and indices.ndim == 3 and indices.size > 0
-                and indices.shape == (*labels.shape, *model.map_size(H, W)) and model.channels == C)
+                and indices.shape == (*labels.shape, *model.map_size(H, W)) and model.channels == C
+                and labels.max() < 2**31 and arrays["num_codes"].tolist() == model.quantizer.num_codes)
     except Exception as error:                      # a damaged file can make numpy raise anything
         raise ValueError("not a file of codes: it is damaged or of another kind") from error
     if str(arrays["model_sha256"]) != sha256:

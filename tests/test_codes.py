@@ -193,7 +193,9 @@ def test_damaged_codes_file_gets_a_one_line_error(folder, capsys):
                "short": resave(indices=cropped), "floats": resave(indices=valid["indices"].astype(float)),
                "none": resave(indices=valid["indices"][:0], labels=valid["labels"][:0]),
                "unequal": resave(labels=valid["labels"][1:]), "shape": resave(image_shape=[28, 28]),
-               "colour": resave(image_shape=[3, 28, 28]), "names": resave(model_sha256=["a", "b"])}
+               "colour": resave(image_shape=[3, 28, 28]), "names": resave(model_sha256=["a", "b"]),
+               "labels": resave(labels=np.full(1000, 2**64 - 1, np.uint64)), "number": resave(num_codes="x"),
+               "fewer": resave(num_codes=511)}
     damaged["code"] = resave(model_sha256=np.array([CodeInPickle()]))
     damaged["flipped"][len(content) // 3] ^= 1
     np.save("array.npy", np.zeros(3))
