@@ -262,7 +262,7 @@ def test_logged_pictures_are_bounded(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_large_image_trains_and_logs_in_little_memory(tmp_path):
-    """512 pixels in 1 GiB more than importing torch takes."""
+    """512 pixels in 1.5 GiB more than importing torch takes; 0.7 are enough on some processors."""
     write_pictures(tmp_path / "pictures", count=2)
     argv = ["VQ-VAE.py", "--dataset", "folder", "--data-folder", "pictures", "--image-size", "512", "--batch-size", "1",
             "--num-epochs", "1", "--num-workers", "0", "--output-folder", "run"]
@@ -272,7 +272,7 @@ import torch, torch.utils.tensorboard
 sys.path.insert(0, {str(ROOT)!r})
 with open("/proc/self/statm") as file:
     size = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))
+resource.setrlimit(resource.RLIMIT_AS, (size + 3 * 2**29, size + 3 * 2**29))
 sys.argv = {argv!r}
 runpy.run_path({str(ROOT / argv[0])!r}, run_name="__main__")
 """
