@@ -135,9 +135,10 @@ def encode(model, dataset, args):
 @torch.no_grad()
 def decode(model, indices, device):
     """Codes (N, h, w) of any integer type → uint8 images (N, C, H, W)."""
-    images, smallest = [], str(code_maps.smallest_type(model.quantizer.num_codes)).removeprefix("torch.")
+    images = []
+    maps = torch.from_numpy(indices.astype(np.int32)).to(code_maps.smallest_type(model.quantizer.num_codes))
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        for batch in samples.decode_batches(model, torch.from_numpy(indices.astype(smallest)), device):
+        for batch in samples.decode_batches(model, maps, device):
             images.append(data.to_bytes(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)

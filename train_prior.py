@@ -70,7 +70,7 @@ from prior import CodePrior
 from utils import cost, distributed, files, inputs, tensorboard_logs
 from utils.memory import maps_that_fit
 from utils.train_state import check_metadata, seed_everything
-from utils.trainer import MEASURED_IMAGES, RunFiles, Trainer
+from utils.trainer import RunFiles, Trainer
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
@@ -178,20 +178,20 @@ def log_samples(trainer, vqvae, epoch):
 
 # ---------------------------------------------------------------- what it will cost
 
-def random_batch(prior, rows, device):
-    """Maps (rows, h, w) with classes and shifts (rows,), as a training step takes them."""
+def random_batch(prior, args):
+    """Maps (B, h, w) with classes and shifts (B,), as a training step takes them, but of long maps fewer."""
+    rows = min(distributed.per_process_batch_size(args.batch_size), max(1, MEASURED_CODES // len(prior.positions)))
     maps = torch.randint(prior.num_codes, (rows, prior.height, prior.width), generator=torch.Generator())
-    return maps.to(device), *torch.zeros(2, rows, dtype=torch.int64, device=device)
+    return maps.to(args.device), *torch.zeros(2, rows, dtype=torch.int64, device=args.device)
 
 
 def describe_cost(trainer, source):
     """What is printed before a training: the codes of an image, the time that it will take, how to shorten it."""
     args, vqvae, N, (H, W) = trainer.args, source.vqvae, trainer.num_images, source.shape[1:]
     h, w = vqvae.map_size(H, W)
-    rows = min(distributed.per_process_batch_size(args.batch_size), max(1, MEASURED_CODES // (h * w)))
     # A map that is tested, twice, or calibrated takes a third of one in a step.
     maps = (N + 2 / 3 * len(source.test_set)) / distributed.world_size() + min(CALIBRATION_MAPS, N) / 3
-    seconds = maps * cost.seconds_per_item(trainer, nats, random_batch(trainer.model, rows, args.device))
+    seconds = maps * cost.seconds_per_item(trainer, nats, random_batch(trainer.model, args))
     seconds, epochs = (1 + SAMPLE_SHARE) * seconds, args.num_epochs - trainer.state.epoch + 1
     line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
             f"the whole training about {cost.duration(epochs * seconds)}.")
@@ -329,7 +329,7 @@ def run(args, parser, argv):
         if args.resume:
             trainer.note_environment()
         else:
-            trainer.choose_precision(nats, random_batch(trainer.model, MEASURED_IMAGES, args.device))
+            trainer.choose_precision(nats, random_batch(trainer.model, args))
         print(describe_cost(trainer, source), flush=True)
         with inputs.memory_for(f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
             maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,

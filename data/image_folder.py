@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -99,8 +100,20 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getstate__(self):
-        """What worker processes receive: not the images that are kept."""
-        return {**vars(self), "kept": None, "is_kept": None}
+        """What worker processes receive: not the images that are kept, nor the paths of other sets."""
+        return {**vars(self), "kept": None, "is_kept": None, "all_paths": None}
+
+    @cached_property
+    def fingerprint(self):
+        """A hash of the names and sizes of the files of both sets.
+
+        Another one if a file was added, removed, renamed, moved or edited.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.all_paths):
+            name = path.relative_to(self.folder).as_posix()
+            digest.update(f"{name}/{path.stat().st_size}/".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def __getitem__(self, rows):
         """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of indices."""
@@ -238,8 +251,8 @@ def load(folder, shape):
 
     Its sub-folders are the classes. Folders train and test, or else val, are the two sets, each with its sub-folders;
     without them a tenth of all images, always the same, is the test set. Both sets have left_out, the files that are no
-    images, description, how the folder was read, and fingerprint, a hash of the files' names and sizes. Raises
-    ValueError if there are fewer than two images, OSError if there is no such folder.
+    images, and description, how the folder was read. Raises ValueError if there are fewer than two images, OSError if
+    there is no such folder.
     """
     folder, roots, ignored = _find_sets(Path(folder))
     files = [(path, root) for root in roots for path in list_files(root)]
@@ -263,10 +276,9 @@ def load(folder, shape):
                                shape, classes))
     if not all(len(part) for part in sets):
         raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed")
-    description = _describe(folder, sets, roots, ignored)
-    fingerprint = _fingerprint(folder, [path for path, _ in images])
     for part in sets:
-        part.left_out, part.description, part.fingerprint = left_out, description, fingerprint
+        part.left_out, part.description = left_out, _describe(folder, sets, roots, ignored)
+        part.all_paths, part.folder = [path for path, _ in images], folder
     return tuple(sets)
 
 
@@ -297,15 +309,6 @@ def _describe(folder, sets, roots, ignored):
     where = [f" (in {root.name})" for root in roots] if len(roots) == 2 else ["", ""]
     return (f"{folder}: {len(classes)} class{'es' * (len(classes) > 1)} ({names}), {train} images to train{where[0]}, "
             f"{test} to test{where[1]}" + f"; ignored: {', '.join(map(printable, ignored[:5]))}" * bool(ignored))
-
-
-def _fingerprint(folder, paths):
-    """A hash of the names and sizes of files: another one if a file was added, removed, renamed, moved or edited."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        name = path.relative_to(folder).as_posix()
-        digest.update(f"{name}/{path.stat().st_size}/".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def list_files(root):

@@ -260,6 +260,7 @@ def test_deleted_image_ends_training_with_a_one_line_error(num_workers, tmp_path
 
     def load_then_delete(*args, **kwargs):
         loaded = load(*args, **kwargs)
+        assert loaded[0].fingerprint        # taken before the training
         loaded[0].paths[7].unlink()
         return loaded
 

@@ -19,8 +19,9 @@ class StopSignals:
 
     def __enter__(self):
         self.received = None
+        # What nohup has made the script ignore stays ignored.
         self.former = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS
-                       if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT}
+                       if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):
