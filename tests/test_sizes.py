@@ -192,7 +192,10 @@ def test_prior_in_blocks_equals_all_logits_at_once(monkeypatch):
     network.eval()
     log_probabilities = network(maps, labels).double().log_softmax(dim=-1)                # (7, 12, 30)
     expected = log_probabilities.gather(2, maps.flatten(1).unsqueeze(2)).sum(dim=(1, 2))
+    rows, logits = [], network._logits
+    monkeypatch.setattr(network, "_logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
     torch.testing.assert_close(network.log_prob(maps, labels).double(), expected, rtol=1e-5, atol=1e-4)
+    assert max(rows) == 5 and sum(rows) == 7 * 12
     monkeypatch.setattr(memory, "BUDGET", 1)            # one map at a time
     assert nats_per_code(network, maps, labels, "cpu") == pytest.approx(-expected.mean().item() / 12, rel=1e-5)
 
