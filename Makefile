@@ -10,9 +10,9 @@ CODE := $(wildcard *.py data/*.py metrics/*.py utils/*.py)
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 all: models/$(NAME)/trained
-	$(RUN) generate.py --model models/$(NAME)/best.pt --input test --filename $(NAME)-reconstructed
-	$(RUN) generate.py --model models/$(NAME)/best.pt --input random --filename $(NAME)-random
-	$(RUN) generate.py --input prior --filename digits
+	$(RUN) generate.py --model models/$(NAME)/best.pt --input test --filename $(NAME)-reconstructed --overwrite
+	$(RUN) generate.py --model models/$(NAME)/best.pt --input random --filename $(NAME)-random --overwrite
+	$(RUN) generate.py --input prior --filename digits --overwrite
 	@echo
 	@echo "The model:             models/$(NAME)/best.pt"
 	@echo "Reconstructed digits:  generatedImages/$(NAME)-reconstructed.png"

@@ -89,7 +89,6 @@ if __name__ == "__main__":
 import json
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -107,8 +106,9 @@ from metrics import code_counts, evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.memory import images_that_fit
+from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything
-from utils.trainer import RunFiles, Trainer
+from utils.trainer import Trainer
 
 SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
@@ -257,37 +257,23 @@ def check_folders(args, models, logs, last):
             files.check_writable(logs / "events")
 
 
-def prepare_folders(trainer, models, logs):
-    """Clear the folders of a former run, or when resuming, of logs after the checkpoint. Other files stay."""
-    args, state = trainer.args, trainer.state
-    if args.resume:
-        files.remove_temporary_files(models)
-        if state.step:
-            tensorboard_logs.truncate_logs(logs, state.step, state.epoch - 1)
-        else:                                       # its first pictures are logged after its first save
-            tensorboard_logs.remove_logs(logs)
-    else:
-        files.check_unused_folders((models,), args.overwrite)         # another run may have been faster
-        logs.mkdir(parents=True, exist_ok=True)
-        files.remove_temporary_files(models)
-        # last.pt first: an interrupted deletion must not leave a run that could be resumed.
-        own = ["last.pt", "best.pt", "prior.pt", "prior-last.pt", "args.json", tensorboard_logs.TRACK,
-               tensorboard_logs.PRIOR_TRACK]
-        for path in [*map(models.joinpath, own), *models.glob("model_*.pt")]:
-            if path.name in own or re.fullmatch(r"model_[1-9]\d*\.pt", path.name):
-                path.unlink(missing_ok=True)
-        tensorboard_logs.remove_logs(logs)
+def begin(trainer, models, logs, last):
+    """Take over the run's folders, and write args.json."""
+    args = trainer.args
+    check_folders(args, models, logs, last)         # another run may have been faster
+    numbered = [path for path in models.glob("model_*.pt") if re.fullmatch(r"model_[1-9]\d*\.pt", path.name)]
+    prior = [models / name for name in ("prior.pt", "prior-last.pt", tensorboard_logs.PRIOR_TRACK)]
+    trainer.begin([*numbered, *prior])
     settings = {**vars(args), "bfloat16": trainer.bfloat16, "environments": trainer.environments}
     files.write_atomically(models / "args.json", json.dumps(settings, indent=2).encode())
-    tensorboard_logs.write_track(models / tensorboard_logs.TRACK, state.track)
 
 
 def next_command(parser, args, model):
     """The command that shows what has been trained."""
-    words = ["python3", "generate.py", "--model", str(model), "--input", "test"]
+    words = ["--model", model, "--input", "test"]
     if args.dataset != data.FOLDER and args.data_folder != parser.get_default("data_folder"):
         words += ["--data-folder", args.data_folder]
-    return shlex.join(words)
+    return files.command("generate.py", *words)
 
 
 def run(args, parser, argv):
@@ -322,12 +308,12 @@ def run(args, parser, argv):
             trainer.choose_precision(lambda model, x: vqvae_losses(x, model(x), args.beta).total, (x,))
         if distributed.is_main_process():
             with cli.errors_name_flag("--output-folder", args.output_folder):
-                prepare_folders(trainer, models, logs)
+                begin(trainer, models, logs, last)
         described = (f"{args.dataset}: {trainer.num_images:,} images, {len(batches.test_set):,} to test"
                      if args.dataset != data.FOLDER else batches.train_set.description)
         print(f"Training on {described}, on {args.device}" + distributed.describe_processes()
               + (f", from step {trainer.state.step:,} on." if args.resume else "."))
-        print(*trainer.state.track, sep="\n", flush=True)
+        trainer.print_track()
         start = time.perf_counter()
         with trainer.running():
             if not trainer.state.step and distributed.is_main_process():

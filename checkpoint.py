@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from metrics.classifier import DigitClassifier
 from modules import VectorQuantizedVAE
 from prior import TAIL_BINS, CodePrior
-from utils.files import read_file, write_atomically
+from utils.files import command, read_file, write_atomically
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
@@ -139,9 +139,13 @@ def _check_kind(contents, kind, name):
                          f"this version of the code reads format {FORMAT}")
 
 
-def check_kind(path, kind):
-    """Raise ValueError unless the file at path is a checkpoint of a kind: "prior" or "classifier"."""
-    _check_kind(_read(path, "cpu")[0], kind, f"a {kind}")
+def is_of_kind(kind, path):
+    """Whether the file at path is a checkpoint of a kind: "vqvae", "prior" or "classifier"."""
+    try:
+        _check_kind(_read(path, "cpu")[0], kind, kind)
+    except ValueError:
+        return False
+    return True
 
 
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):
@@ -177,7 +181,7 @@ def load_prior(path, vqvae, device="cpu"):
     vqvae_path = vqvae_contents["path"]
     if contents.get("vqvae") != vqvae_contents["sha256"]:
         raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: train one for it with "
-                         f"python3 train_prior.py --model {vqvae_path}")
+                         + command("train_prior.py", "--model", vqvae_path))
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
     prior = _rebuild(CodePrior, contents, device)

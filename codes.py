@@ -38,6 +38,7 @@ if __name__ == "__main__":
 import io
 import math
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,33 +58,20 @@ ARRAYS = ("indices", "labels", "num_codes", "image_shape", "dataset", "class_nam
 
 # ---------------------------------------------------------------- files
 
-def check_output(path, array, overwrite):
-    """Raise ValueError if a file with `array` in it could not be written to path. Writes nothing.
-
-    An existing one is replaced only with --overwrite, and no file of another kind is.
-    """
-    if path.is_file():
-        if not overwrite:
-            raise ValueError("exists: replace it with --overwrite")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                known = {f"{array}.npy", "model_sha256.npy"} <= set(archive.namelist())
-        except zipfile.BadZipFile:
-            known = False
-        if not known:
-            raise ValueError(f"exists and is not a file of {array}: choose another name")
-    elif path.exists():
-        raise ValueError("exists and is not a file: choose another name")
-    files.check_writable(path)
+def holds(array, path):
+    """Whether the file at path is one of this script's, with `array` in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{array}.npy", "model_sha256.npy"} <= set(archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
-def write(path, arrays):
-    """Write arrays to path, atomically. → the file's size in bytes."""
+def packed(arrays):
+    """Arrays as the bytes of an .npz file."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, buffer.getbuffer())
-    return buffer.getbuffer().nbytes
+    return buffer.getbuffer()
 
 
 def read_codes(path, model, sha256):
@@ -146,9 +134,10 @@ def decode(model, indices, device):
 
 def run(args):
     args.device = inputs.find_device(args.device)
-    output = Path(args.output)
-    with cli.errors_name_flag("--output", output):
-        check_output(output, "images" if args.decode else "indices", args.overwrite)
+    array = "images" if args.decode else "indices"
+    output = files.OutputFile(Path(args.output), args.overwrite, f"a file of {array}", partial(holds, array))
+    with cli.errors_name_flag("--output", output.path):
+        output.check()
     model, contents, path = inputs.open_model(args)
     if args.decode:
         with cli.errors_name_flag("--decode", args.decode):
@@ -167,9 +156,10 @@ def run(args):
                   "model_sha256": contents["sha256"]}
         summary = (f"{len(indices):,} maps of {h}×{w} codes, at log2 {K} = {math.log2(K):.2f} bits each "
                    f"{math.ceil(indices.size * math.log2(K) / 8):,} bytes")
-    with cli.errors_name_flag("--output", output):
-        size = write(output, arrays)
-    print(f"{output}: {size:,} bytes, {summary}")
+    contents = packed(arrays)
+    with cli.errors_name_flag("--output", output.path):
+        output.write(contents)
+    print(f"{output.path}: {len(contents):,} bytes, {summary}")
 
 
 def main(argv=None):

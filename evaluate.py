@@ -16,8 +16,10 @@ from utils import arguments, cli
 def get_parser():
     parser = cli.Parser(check_arguments, description=__doc__)
     cli.add_model_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE",
-                        help="also write the figures to this file, as JSON (default: none)")
+    parser.add_argument("--json", type=arguments.file_name, metavar="FILE",
+                        help="also write the figures to this file, as JSON; its folders are created (default: none)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace such a file at --json (default: leave it unchanged and stop)")
     group = parser.add_argument_group("the prior, and digits sampled from it")
     cli.add_sampling_arguments(group, without="none is measured")
     group.add_argument("--classifier", type=arguments.file_name, metavar="PATH",
@@ -29,6 +31,8 @@ def get_parser():
 
 def check_arguments(parser, args):
     """End with an error if arguments contradict each other."""
+    if not args.json:
+        parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
     if not args.prior:
         parser.check_unused(args, (*cli.SAMPLING_ARGUMENTS, "classifier", "seed"), "is used only with --prior, add it")
 
@@ -38,7 +42,6 @@ if __name__ == "__main__":
 
 import json
 import math
-import os
 
 import torch
 from tqdm import tqdm
@@ -166,33 +169,21 @@ def prior_table(measured):
 
 # ---------------------------------------------------------------- JSON
 
-def check_json(path, paths_read):
-    """Raise ValueError if the file could not be written, or is one of those read. Writes nothing."""
-    existing = path if path.exists() else path.parent
-    if not existing.exists():
-        raise ValueError(f"there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError("is a folder, give the name of a file")
-    if path.exists() and any(Path(given).exists() and path.samefile(given) for given in paths_read):
-        raise ValueError("is a file that this command reads, give another name")
-    if not os.access(existing, os.W_OK):
-        raise ValueError("no permission to write there")
-
-
-def write_json(path, contents):
-    text = json.dumps(contents, indent=2, allow_nan=False) + "\n"
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        path.write_text(text)           # a link, a pipe, /dev/stdout: written to, not replaced
-    else:
-        files.write_atomically(path, text.encode())
+def holds_figures(path):
+    """Whether the file at path is one that --json has written."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(contents, dict) and {"model", "dataset", "mse"} <= contents.keys()
 
 
 def run(args):
     args.device = inputs.find_device(args.device)
     if args.json:
-        with cli.errors_name_flag("--json", args.json):
-            check_json(args.json, (args.model or checkpoint.PRETRAINED, args.classifier or checkpoint.CLASSIFIER,
-                                   *([args.prior] if args.prior else [])))
+        output = files.OutputFile(Path(args.json), args.overwrite, "a file of figures", holds_figures)
+        with cli.errors_name_flag("--json", output.path):
+            output.check()
     model, contents, path = inputs.open_model(args)
     if args.prior:
         prior, classes, prior_path = inputs.open_prior(args, model, contents)
@@ -212,9 +203,10 @@ def run(args):
         measured["prior"] = measure_prior(model, prior, classifier, train_set, test_set, args)
         print(f"\n{prior_path}\n{prior_table(measured['prior'])}")
     if args.json:
-        with cli.errors_name_flag("--json", args.json):
-            write_json(args.json, {"model": str(path), "dataset": dataset, **measured})
-        print(f"{'as JSON':<16}{args.json}")
+        figures = {"model": str(path), "dataset": dataset, **measured}
+        with cli.errors_name_flag("--json", output.path):
+            output.write((json.dumps(figures, indent=2, allow_nan=False) + "\n").encode())
+        print(f"{'as JSON':<16}{output.path}")
 
 
 def main(argv=None):

@@ -18,6 +18,7 @@ from utils import arguments, cli
 ROWS = 10
 INPUTS = "test", "MNIST", "random", "prior"          # MNIST is the published name of the first
 FOLDER = "generatedImages"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def get_parser():
@@ -29,6 +30,8 @@ def get_parser():
                              f"or the path of an image or of a folder of images {shown}")
     parser.add_argument("--filename", type=arguments.name_inside(FOLDER), metavar="NAME",
                         help=f"writes {FOLDER}/NAME.png (default: the input's or the data set's name)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace a picture of that name (default: leave it unchanged and stop)")
     parser.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                         help=f"seed of the choice of test images, of the noise, or of the samples {shown}")
     parser.add_argument("--originals", action="store_true",
@@ -78,20 +81,19 @@ from tqdm import tqdm
 import data
 from data import image_folder
 from metrics import samples
-from utils import inputs
-from utils.files import write_atomically
+from utils import files, inputs
 from utils.memory import images_that_fit
 
 
 def test_images(args, contents, path, generator):
-    """100 images of the test set, chosen by generator: uint8 (100, C, H, W), and the data set's name."""
+    """100 images of the test set, chosen by generator: uint8 (100, C, H, W)."""
     dataset, _, test_set = inputs.open_data(args, contents)
     if test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
                          f"those of the data set {test_set.shape}")
     rows = torch.randperm(len(test_set), generator=generator)[:ROWS**2].tolist()
     batches = data.batches(Subset(test_set, rows), ROWS, num_workers=args.num_workers)
-    return torch.cat([images for images, _ in batches]), dataset
+    return torch.cat([images for images, _ in batches])
 
 
 def own_images(path, shape, generator):
@@ -153,48 +155,63 @@ def class_number(text, classes):
     raise ValueError(f"--label {text[:50]}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
 
 
-def input_images(args, contents, path, generator):
-    """The images that --input names, uint8 (B, C, H, W), and a name for the picture."""
+def default_name(args, contents):
+    """A name for the picture: that of what it shows."""
+    if args.input in ("random", "prior"):
+        return args.input
     if not isinstance(args.input, Path):
-        return test_images(args, contents, path, generator)
+        return args.dataset or contents["dataset"]["name"]
     absolute = args.input.resolve()
-    return (own_images(args.input, contents["dataset"]["shape"], generator),
-            (absolute.name if absolute.is_dir() else absolute.stem) or "images")
+    return (absolute.name if absolute.is_dir() else absolute.stem) or "images"
 
 
 @torch.no_grad()
 def generate(args):
     args.device = inputs.find_device(args.device)
     model, contents, path = inputs.open_model(args)
+    name = args.filename or default_name(args, contents)
+    picture = files.OutputFile(Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png"),
+                               args.overwrite, "a PNG file", is_png, " or choose another --filename")
+    with cli.errors_name_flag("--filename", name):
+        check_picture(picture, args.input)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
     if args.input in ("random", "prior"):
-        map_size, name = model.map_size(*contents["dataset"]["shape"][1:]), args.input
+        map_size = model.map_size(*contents["dataset"]["shape"][1:])
         maps = (sample_prior(model, contents, generator, args) if args.input == "prior" else
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
         images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps, args.device)])
     else:
-        images, name = input_images(args, contents, path, generator)
+        images = (own_images(args.input, contents["dataset"]["shape"], generator) if isinstance(args.input, Path) else
+                  test_images(args, contents, path, generator))
         batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
         reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
                                      for batch in images.split(batch_size)])
         images = interleaved(images, reconstructions) if args.originals else reconstructions
-    save_grid(images, args.filename or name, args)
-
-
-def save_grid(images, name, args):
-    """Write uint8 images (B, C, H, W) as a grid into FOLDER, and print its path."""
-    path = Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png")
+    png = grid_as_png(images, min(ROWS, len(images) // 2 if args.originals else ROWS))
     with cli.errors_name_flag("--filename", name):
-        is_read = isinstance(args.input, Path) and args.input.resolve() in (path.resolve(), *path.resolve().parents)
-        if is_read and path.exists():
-            raise ValueError(f"{path} exists, in --input {args.input}: choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = io.BytesIO()
-        columns = len(images) // 2 if args.originals else ROWS
-        pixels = data.grid(images, min(ROWS, columns))
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(picture, format="png")
-        write_atomically(path, picture.getbuffer())
-    print(path)
+        picture.write(png)
+    print(picture.path)
+
+
+def is_png(path):
+    with open(path, "rb") as file:
+        return file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+
+
+def check_picture(picture, source):
+    """Raise ValueError if the picture, an OutputFile, could not be written, or is one of those read from source."""
+    picture.check()
+    if isinstance(source, Path) and picture.path.exists():
+        own = picture.path.resolve()
+        if source.resolve() in (own, *own.parents):
+            raise ValueError(f"{picture.path}: is in --input {source}, choose another name")
+
+
+def grid_as_png(images, columns):
+    """uint8 images (B, C, H, W) as a grid, in the bytes of a PNG file."""
+    pixels, buffer = data.grid(images, columns), io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="png")
+    return buffer.getbuffer()
 
 
 def main(argv=None):

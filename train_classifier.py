@@ -1,6 +1,7 @@
 """Train the classifier that judges sampled digits: python3 train_classifier.py [--data-folder PATH] ...
 
-A small CNN on real digits, slightly rotated, scaled and shifted. Writes models/NAME.pt and prints its test accuracy.
+A small CNN on real digits, slightly rotated, scaled and shifted. Writes models/NAME.pt, and what is needed to resume
+into models/NAME-last.pt.
 """
 
 if __name__ == "__main__":
@@ -29,8 +30,8 @@ def get_parser():
                         help=f"seed of weights, data order and augmentation {shown}")
     parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
                         help=f"{arguments.DEVICES} {shown}")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace a classifier of that name (default: leave it unchanged and stop)")
+    cli.add_run_arguments(parser, "a classifier of that name")
+    parser.set_defaults(amp=False)          # a setting of every Trainer
     return parser
 
 
@@ -38,21 +39,26 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from torch.optim.lr_scheduler import OneCycleLR
 
 import checkpoint
 import data
 from metrics.classifier import HIDDEN_SIZE, DigitClassifier
-from utils import inputs, speed
+from utils import event_files, files, inputs, speed, tensorboard_logs
+from utils.distributed import launch_command
 from utils.memory import images_that_fit
+from utils.run_files import RunFiles
+from utils.train_state import check_metadata, seed_everything
+from utils.trainer import Trainer
 
 MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = math.radians(12), 0.1, 0.1      # radians, of the size, of half the width
 WEIGHT_DECAY = 0.05
+COLUMNS = "epoch", "train_loss", "test_accuracy", "seconds"
 
 
 def augment(x):
@@ -66,41 +72,26 @@ def augment(x):
     return F.grid_sample(x + 1, grid, align_corners=False) - 1        # black outside the image
 
 
-def train(args):
-    args.device = inputs.find_device(args.device)
-    target = Path("models", f"{args.output}.pt")
-    with cli.errors_name_flag("--output", args.output):
-        inputs.check_target(target, "classifier", args.overwrite)
-    with cli.errors_name_flag(f"--dataset {args.dataset} --data-folder", args.data_folder):
-        train_set, test_set = data.load(args.dataset, args.data_folder)
-    torch.manual_seed(args.seed)
-    batches = data.batches(train_set, args.batch_size, torch.Generator().manual_seed(args.seed))
-    model = DigitClassifier().to(args.device, memory_format=speed.memory_format(args.device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY,
-                                  fused=args.device != "mps")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.num_epochs * len(batches),
-                                                   cycle_momentum=False)
-    with cli.errors_name_flag("--output", args.output):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}.")
-    for epoch in range(1, args.num_epochs + 1):
-        start = time.perf_counter()
+def train(trainer, batches, test_set):
+    """Epoch after epoch: train, evaluate, save, log."""
+    args, model, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
+    for epoch in trainer.epochs():                            # where it left off, if resumed
         model.train()
-        for images, labels in tqdm(batches, desc=f"epoch {epoch}/{args.num_epochs}", leave=False, disable=None):
-            x = augment(data.to_model_range(images, args.device))
+        for images, labels in trainer.batches(batches):
+            x = augment(data.to_model_range(images, args.device))     # (B, 1, H, W) in [-1, 1]
             loss = F.cross_entropy(model(x), labels.to(args.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        if not math.isfinite(loss.item()):
-            raise ValueError(f"--lr {args.lr:g}: the loss of epoch {epoch} is not finite, "
-                             "try a lower rate")
+            trainer.after_step([loss])                                # save, notice signals
+
         accuracy = test_accuracy(model, test_set, args.device)
-        print(f"epoch {epoch}: test accuracy {accuracy:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-    checkpoint.save(target, {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset,
-                             "model": model.state_dict(), "test": {"accuracy": accuracy}})
-    print(f"Test accuracy {accuracy:.2%}\n  classifier  {target}")
+        trainer.save_model(trainer.files.best, {"accuracy": accuracy})           # the latest, whatever its accuracy
+        [train_loss] = trainer.state.mean_losses()
+        tensorboard_logs.log_classifier(trainer.writer, epoch, train_loss, accuracy)
+        trainer.add_track_line(f"{epoch:5}  {train_loss:10.4f}  {accuracy:13.4f}  {trainer.epoch_seconds():7.1f}")
+    return accuracy
 
 
 @torch.no_grad()
@@ -113,11 +104,64 @@ def test_accuracy(model, test_set, device):
     return correct / len(test_set)
 
 
+def build_trainer(args, run_files, train_set, generator, saved=None):
+    """The Trainer of a new classifier. saved: the contents of the checkpoint to resume from, if there is one."""
+    seed_everything(args.seed)
+    metadata = {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset}
+    if saved:
+        check_metadata(metadata, saved)
+    model = DigitClassifier().to(args.device, memory_format=speed.memory_format(args.device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY,
+                                  fused=args.device != "mps")
+    steps = args.num_epochs * math.ceil(len(train_set) / args.batch_size)
+    schedule = OneCycleLR(optimizer, args.lr, steps, cycle_momentum=False)
+    return Trainer(args, run_files, metadata, model, optimizer, schedule, generator, len(train_set), ("classifier",),
+                   "--batch-size", track=["  ".join(COLUMNS)])
+
+
+def run(args, parser, argv):
+    """Train from the start, or with --resume from the state in NAME-last.pt."""
+    args.device = inputs.find_device(args.device)
+    stem, logs, flag = f"models/{args.output}", Path("logs", args.output), f"--output {args.output}"
+    run_files = RunFiles(Path(f"{stem}-last.pt"), Path(f"{stem}.pt"), Path(f"{stem}-track.txt"), logs,
+                         event_files.CLASSIFIER_SUFFIX,
+                         launch_command("train_classifier.py", "--resume", "--output", args.output))
+    with cli.errors_name_flag("--output", args.output):
+        run_files.check("classifier", args.resume, args.overwrite)
+    with files.created_folder(run_files.best.parent), files.locked_folder(logs, flag):
+        saved = None
+        if args.resume:
+            with cli.errors_name_flag("--resume", run_files.last):
+                _, saved = checkpoint.load_classifier(run_files.last)
+                args = parser.resumed_arguments(args, argv, saved)
+                args.device = inputs.find_device(args.device)
+        train_set, test_set = inputs.load_data(args.dataset, args.data_folder, None)
+        generator = torch.Generator().manual_seed(args.seed)
+        batches = data.batches(train_set, args.batch_size, generator)
+        with cli.errors_name_flag("--resume", run_files.last) if saved else nullcontext():
+            trainer = build_trainer(args, run_files, train_set, generator, saved)
+            if saved:
+                trainer.load_state(saved)
+        print(f"Training on {args.dataset}: {len(train_set):,} images, {len(test_set):,} to test, on {args.device}"
+              + (f", from step {trainer.state.step:,} on." if saved else "."))
+        if saved:
+            trainer.note_environment()
+        with cli.errors_name_flag("--output", args.output):
+            run_files.check("classifier", args.resume, args.overwrite)
+            trainer.begin()
+        trainer.print_track()
+        with trainer.running():
+            accuracy = train(trainer, batches, test_set)
+    prior = files.typed_path(checkpoint.PRETRAINED.with_name("prior.pt"))
+    print(f"Test accuracy {accuracy:.2%}\n  classifier  {run_files.best}\n  logs        {logs}\n"
+          "Next: " + files.command("evaluate.py", "--prior", prior, "--classifier", run_files.best))
+
+
 def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
-        train(args)
+        run(args, parser, argv)
 
 
 if __name__ == "__main__":

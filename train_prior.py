@@ -52,7 +52,6 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
-import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -67,10 +66,11 @@ from data.code_maps import encode_sets, offsets_up_to, smallest_type
 from metrics import nats_per_code, samples
 from modules import DOWNSAMPLES
 from prior import CodePrior
-from utils import cost, distributed, files, inputs, tensorboard_logs
+from utils import cost, distributed, event_files, files, inputs, tensorboard_logs
 from utils.memory import maps_that_fit
+from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything
-from utils.trainer import RunFiles, Trainer
+from utils.trainer import Trainer
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
@@ -272,30 +272,6 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
-def check_folders(args, path, run_files):
-    """Raise ValueError if the prior could not be written, or not be resumed. Writes nothing."""
-    with cli.errors_name_flag("--model", path):
-        if args.resume and not run_files.last.is_file():
-            raise ValueError(f"there is no {run_files.last} to --resume: start anew, with --overwrite if there is a "
-                             "prior")
-        for file in () if args.resume else (run_files.best, run_files.last):
-            inputs.check_target(file, "prior", args.overwrite, ", or continue one that was interrupted with --resume")
-        files.check_writable(run_files.best)
-        files.check_writable(run_files.logs / "events")
-
-
-def prepare_folders(args, state, run_files):
-    """Clear the folders of a former prior, or when resuming, of logs after the checkpoint. Other files stay."""
-    files.remove_temporary_files(run_files.best.parent)
-    if args.resume:
-        tensorboard_logs.truncate_logs(run_files.logs, state.step, state.epoch - 1, run_files.log_suffix)
-    else:
-        for path in (run_files.last, run_files.best, run_files.track):
-            path.unlink(missing_ok=True)
-        tensorboard_logs.remove_logs(run_files.logs, run_files.log_suffix)
-    tensorboard_logs.write_track(run_files.track, state.track)
-
-
 def run(args, parser, argv):
     """Train from the start, or with --resume from the state in prior-last.pt."""
     args.device = inputs.find_device(args.device)
@@ -303,10 +279,11 @@ def run(args, parser, argv):
     vqvae, contents, path = inputs.open_model(args)
     folder, logs, flag = Path(path).parent, logs_of(Path(path)), f"--model {path}"
     run_files = RunFiles(folder / "prior-last.pt", folder / "prior.pt", folder / tensorboard_logs.PRIOR_TRACK, logs,
-                         tensorboard_logs.PRIOR_SUFFIX,
+                         event_files.PRIOR_SUFFIX,
                          distributed.launch_command("train_prior.py", "--resume", "--model", path))
     if distributed.is_main_process():
-        check_folders(args, path, run_files)
+        with cli.errors_name_flag("--model", path):
+            run_files.check("prior", args.resume, args.overwrite)
     # Whatever can be wrong is found, by all processes, before a file is written.
     only = distributed.main_process_only
     with only(files.locked_folder(folder, flag)), only(files.locked_folder(logs, flag)):
@@ -336,8 +313,9 @@ def run(args, parser, argv):
                                args.num_workers)
         if distributed.is_main_process():
             with cli.errors_name_flag("--model", path):
-                prepare_folders(args, trainer.state, run_files)
-        print(*trainer.state.track, sep="\n", flush=True)
+                run_files.check("prior", args.resume, args.overwrite)           # after minutes of encoding
+                trainer.begin()
+        trainer.print_track()
         h, w = maps.test.shape[1:]
         with trainer.running():
             train(trainer, maps, source.vqvae, bits_per_nat=h * w / (math.prod(source.shape) * math.log(2)))
@@ -345,7 +323,7 @@ def run(args, parser, argv):
         print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
     print(f"Lowest test loss: {trainer.state.best:.4f} nats per code, in epoch {trainer.state.best_epoch}.\n"
           f"  prior  {run_files.best}\n  logs   {logs}\n"
-          "Next: " + shlex.join(["python3", "generate.py", "--model", str(path), "--input", "prior"]))
+          "Next: " + files.command("generate.py", "--model", path, "--input", "prior"))
 
 
 def main(argv=None):

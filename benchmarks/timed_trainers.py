@@ -9,7 +9,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from metrics import evaluate
-from utils.trainer import RunFiles, Trainer
+from utils.run_files import RunFiles
+from utils.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET_MSE = 0.0278             # the final test MSE of the published run

@@ -80,7 +80,10 @@ def load(name, folder):
     source = SOURCES[name]
     if not source.files[0].endswith("-ubyte"):
         return [_arrays(name, one) for one in _torchvision_sets(name, source, folder)]
-    paths = [folder / source.folder / file for file in source.files]
+    # Where torchvision puts them, and where people do, under either of the names that they have on the web.
+    places = [[place / (file.replace("-idx", ".idx") if dotted else file) for file in source.files]
+              for place in (folder / source.folder, folder) for dotted in (False, True)]
+    paths = next((paths for paths in places if all(path.is_file() for path in paths)), places[0])
     if not all(path.is_file() for path in paths):
         _torchvision_sets(name, source, folder)
     return [_read_idx(name, source, *paths[:2]), _read_idx(name, source, *paths[2:])]

@@ -147,7 +147,7 @@ def import_script(name):
 
 def build_trainer(folder, *flags, trainer_class=None, saved=None):
     """A Trainer of VQ-VAE.py, or of trainer_class, that writes into folder. → script, trainer, batches"""
-    from utils.trainer import RunFiles
+    from utils.run_files import RunFiles
 
     script = import_script("VQ-VAE.py")
     script.Trainer = trainer_class or script.Trainer

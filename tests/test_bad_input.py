@@ -248,5 +248,7 @@ def test_guidance_needs_a_prior_that_was_trained_without_classes_too(folder, mod
     os.mkdir("other")
     shutil.copy(model, "other/a copy.pt")
     capsys.readouterr()
-    line = expect_usage_error("generate.py", ["--model", "other/a copy.pt", "--input", "prior"], capsys)
-    assert "no prior yet: train one with python3 train_prior.py --model 'other/a copy.pt'" in line
+    line = expect_usage_error("generate.py", ["--model", "other/a copy.pt", "--input", "prior", "--overwrite"],
+                              capsys)
+    assert "no prior yet: train one with python3 " in line
+    assert line.endswith("train_prior.py --model 'other/a copy.pt'\n")

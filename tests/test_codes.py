@@ -142,7 +142,7 @@ def test_overwrite_replaces_only_files_of_the_same_kind(folder, capsys):
     (folder / "folder").mkdir()
     before = snapshot(folder)
     encode_flags = ["--model", "model.pt", "--dataset", "MNIST-10k", "--part", "test"]
-    assert "--output codes.npz: exists: replace it with --overwrite" in expect_usage_error(
+    assert "--output codes.npz: exists, replace it with --overwrite" in expect_usage_error(
         "codes.py", [*encode_flags, "--output", "codes.npz"], capsys)
     for name in ("weights.npz", "text.npz", "images.npz", "model.pt"):
         line = expect_usage_error("codes.py", [*encode_flags, "--output", name, "--overwrite"], capsys)

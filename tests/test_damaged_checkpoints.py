@@ -93,6 +93,7 @@ def run_all(folder, data, results):
             if outcome == "refused" and path.read_bytes() != content:
                 outcome = "the file was changed"
             if outcome != "refused":        # it ran, and may have written files
+                shutil.rmtree("generatedImages", ignore_errors=True)
                 for part in ("models", "logs"):
                     shutil.rmtree(part)
                     shutil.copytree(Path("good", part), part)

@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from helpers import events, expect_usage_error, idx_bytes, import_script, readme_commands, run_script
+from helpers import events, expect_usage_error, idx_bytes, import_script, readme_commands, run_script, write_mnist
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
@@ -45,6 +45,18 @@ def test_idx_data_sets_match_torchvision(tmp_path, name):
         assert [reference.classes[label].split(" ")[0] if name in ("MNIST", "QMNIST") else reference.classes[label]
                 for _, label in reference] == [part.classes[label] for label in part.labels]
         assert part.labels.min() == 0 and part.labels.max() == min(len(part), len(part.classes)) - 1
+
+
+@pytest.mark.parametrize("place", ["MNIST/raw", "."])
+@pytest.mark.parametrize("dot", ["-", "."])
+def test_files_that_were_put_there_by_hand_are_found(dot, place, tmp_path):
+    """Under either of the names that the web has for them, where torchvision looks or directly in --data-folder."""
+    write_mnist(tmp_path / "MNIST" / "raw", 60, 30)
+    expected = data.load("MNIST", tmp_path)
+    for path in (tmp_path / "MNIST" / "raw").iterdir():
+        path.rename(tmp_path / place / path.name.replace("-idx", f"{dot}idx"))
+    for part, other in zip(data.load("MNIST", tmp_path), expected):
+        assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
 
 
 def test_emnist_letters_classes_are_the_alphabet(tmp_path):

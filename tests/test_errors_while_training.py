@@ -177,14 +177,15 @@ def test_full_disk_ends_the_run_and_the_saved_state_resumes(disk, mnist_folder):
         last = folder / LAST
         if last.is_file():
             outcomes.add("saved")
-            assert f"{LAST} is intact, resume with: python3 VQ-VAE.py --resume --output-folder run" in result.stderr
+            assert f"{LAST} is intact, resume with: python3 " in result.stderr
+            assert "/VQ-VAE.py --resume --output-folder run" in result.stderr
             subprocess.run(["mount", "-o", "remount,size=20m", str(folder)], check=True)
             step = torch.load(last, weights_only=True)["step"]
             resumed = run_script(*RESUME, cwd=folder)
             assert resumed.returncode == 0 and f"from step {step} on" in resumed.stdout, resumed.stderr
         else:
             outcomes.add("nothing saved")
-            assert "nothing had been saved" in result.stderr and "resume with" not in result.stderr
+            assert "resume with" not in result.stderr and not list(folder.rglob("*.pt"))
     assert outcomes == {"enough", "saved", "nothing saved"}
 
 
@@ -199,8 +200,8 @@ def test_file_size_limit_ends_the_run_with_a_one_line_error(tmp_path, mnist_fold
     """The same where nothing can be mounted: files are limited to 64 kB, and the first checkpoint is larger."""
     pytest.importorskip("resource", reason="no limits on this system")
     result = run_script(*RUN, "--k", "512", "--data-folder", mnist_folder, cwd=tmp_path, prepare=limit_file_size)
-    assert_one_line_error(result, "File too large", "nothing had been saved")
-    assert_checkpoints_readable(tmp_path)
+    assert_one_line_error(result, "--output-folder run: models/run/last.pt: File too large")
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_errors_of_the_other_scripts(disk, trained, mnist_folder):
@@ -224,7 +225,7 @@ def test_full_disk_errors_of_the_other_scripts(disk, trained, mnist_folder):
     result = run_script("train_prior.py", "--model", "models/run/best.pt", "--data-folder", mnist_folder, "--layers", 1,
                        "--width", 60, "--num-epochs", 1, "--batch-size", 200, "--shift", 0, cwd=folder)
     assert_one_line_error(result, "No space left on device",
-                          "models/run/prior-last.pt is intact, resume with: python3 train_prior.py ")
+                          "models/run/prior-last.pt is intact, resume with: python3 ", "/train_prior.py --resume ")
     assert_checkpoints_readable(folder)
 
 
@@ -244,7 +245,7 @@ def test_read_only_disk_is_detected_before_any_work(disk, trained, mnist_folder,
             ("VQ-VAE.py", ("--resume", "--output-folder", "run", "--num-epochs", 3),
              "--output-folder run: no permission to write in models/run"),
             ("train_prior.py", ("--model", "prior/best.pt"), "--model prior/best.pt: no permission to write in prior"),
-            ("generate.py", ("--model", "prior/best.pt", "--input", "random"), "Read-only file system")):
+            ("generate.py", ("--model", "prior/best.pt", "--input", "random"), "no permission to write in .")):
         assert words in expect_usage_error(script, arguments, capsys)
         assert snapshot(folder) == before
     monkeypatch.undo()

@@ -76,13 +76,17 @@ def expect_usage_error(arguments, capsys):
 def test_unwritable_json_file_is_rejected_before_evaluation(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.json").mkdir()
-    (tmp_path / "old.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "thesis.json").write_text('{"model": "mine"}')
     shutil.copy(trained / "models" / "run" / "best.pt", "model.pt")
     before = snapshot(tmp_path)
-    for name, words in (("no/x.json", "there is no folder no"), ("folder.json", "is a folder"),
-                        ("model.pt", "is a file that this command reads")):
-        assert f"--json {name}: {words}" in expect_usage_error(["--model", "model.pt", "--json", name], capsys)
-    assert "--model missing.pt" in expect_usage_error(["--model", "missing.pt", "--json", "old.json"], capsys)
+    for name, words in (("file/x.json", "file is in the way"), ("folder.json", "is a folder"),
+                        ("model.pt", "exists and is not a file of figures"),
+                        ("thesis.json", "exists and is not a file of figures")):
+        arguments = ["--model", "model.pt", "--json", name, "--overwrite"]
+        assert f"--json {name}: {words}" in expect_usage_error(arguments, capsys)
+    assert "--model missing.pt" in expect_usage_error(["--model", "missing.pt", "--json", "new/x.json"], capsys)
+    assert "--overwrite: is used only with --json" in expect_usage_error(["--model", "model.pt", "--overwrite"], capsys)
     assert snapshot(tmp_path) == before
 
 
@@ -91,18 +95,6 @@ def test_json_folder_without_permission_is_rejected_before_evaluation(trained, t
     result = run_script("evaluate.py", "--model", trained / "models" / "run" / "best.pt", "--json", "locked/x.json",
                         cwd=tmp_path, prepare=drop_capabilities)
     assert result.returncode == 2 and result.stdout == "" and "--json locked/x.json: no permission" in result.stderr
-
-
-def test_json_is_written_through_symlinks_and_pipes(trained, tmp_path):
-    (tmp_path / "target.json").write_text("old")
-    (tmp_path / "link.json").symlink_to("target.json")
-    model = trained / "models" / "run" / "best.pt"
-    for name in ("link.json", "/dev/stdout"):
-        result = run_script("evaluate.py", "--model", model, "--json", name, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    assert (tmp_path / "link.json").is_symlink()
-    assert json.loads((tmp_path / "target.json").read_text())["images"] == 1000
-    assert '"images": 1000' in result.stdout
 
 
 @pytest.mark.parametrize("name, value", [("decoder.6.bias", np.nan), ("encoder.5.block.5.bias", 1e25)])

@@ -49,7 +49,7 @@ def test_default_input_writes_100_reconstructions(folder):
 
 def test_originals_are_in_rows_above_their_reconstructions(folder):
     _, plain = generate(folder, "--seed", 3)
-    _, grid = generate(folder, "--seed", 3, "--originals")
+    _, grid = generate(folder, "--seed", 3, "--originals", "--overwrite")
     rows = cells(grid).reshape(5, 2, 10, 28, 28)
     chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:50].numpy()
     assert np.abs(rows[:, 0].reshape(50, 28, 28) - bundled_digits()[0][9000:][chosen]).max() <= 1
@@ -90,15 +90,16 @@ def test_pictures_depend_on_the_seed_and_are_named_after_the_input(folder):
     for name in ("MNIST", "random"):
         path, first = generate(folder, "--input", name)
         assert path.name == {"MNIST": "MNIST-10k.png"}.get(name, f"{name}.png")
-        grids[name] = [first, generate(folder, "--input", name, "--seed", 0, "--filename", "again")[1],
-                       generate(folder, "--input", name, "--seed", 1, "--filename", "other")[1]]
+        grids[name] = [first, generate(folder, "--input", name, "--seed", 0, "--filename", f"again-{name}")[1],
+                       generate(folder, "--input", name, "--seed", 1, "--overwrite")[1]]
         assert np.array_equal(*grids[name][:2]) and not np.array_equal(*grids[name][1:])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("source", ["test", "random"])
 def test_gpu_output_matches_cpu_output(source, folder):
-    grids = [generate(folder, "--input", source, "--device", device)[1] for device in ("cpu", "cuda")]
+    grids = [generate(folder, "--input", source, "--device", device, "--filename", device)[1]
+             for device in ("cpu", "cuda")]
     assert np.abs(grids[0] - grids[1]).mean() < 1             # ties may be broken differently
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import events, forkserver, import_script, run_script, snapshot
+from helpers import ROOT, events, forkserver, import_script, run_script, snapshot
 from PIL import Image
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -151,11 +151,13 @@ def test_signalled_run_resumes_bit_for_bit(run, signal_number, uninterrupted, ma
     assert result.returncode == 128 + signal_number and not result.stderr, result.stderr
     step = torch.load(folder / LAST[run], weights_only=True)["step"]
     assert step == 35 and f"Stopped by {signal_number.name} in epoch 2, after step 35;" in result.stdout
-    command = result.stdout.splitlines()[-1].split()
-    assert command[:2] == ["python3", run[0]] and tuple(command[1:]) == RESUME[run]
+    python, script, *flags = result.stdout.splitlines()[-1].split()
+    assert python == "python3" and (folder / script).samefile(ROOT / run[0])            # as started from another folder
+    command = (run[0], *flags)
+    assert command == RESUME[run]
     assert not list(folder.rglob(f"*{files.TEMPORARY}"))
 
-    resumed = run_script(*command[1:], cwd=folder)
+    resumed = run_script(*command, cwd=folder)
     assert resumed.returncode == 0 and f"from step {step} on" in resumed.stdout, resumed.stderr
     assert_same_run(uninterrupted[run], folder)
 

@@ -103,7 +103,7 @@ def test_classifier_reaches_its_reported_accuracy(classifier_folder):
 def test_existing_classifier_is_kept_and_bad_input_is_rejected(classifier_folder, monkeypatch, capsys):
     monkeypatch.chdir(classifier_folder)
     before = snapshot(classifier_folder)
-    for arguments, words in ((["--output", "new/judge"], "--output new/judge: models/new/judge.pt exists"),
+    for arguments, words in ((["--output", "new/judge"], "--output new/judge: models/new/judge.pt: exists"),
                              (["--output", "../judge"], "--output: '../judge'"),
                              (["--output", "new/judge.pt/deeper"], "models/new/judge.pt is in the way"),
                              (["--batch-size", "1"], "--batch-size: '1' is not an integer from 2 on"),

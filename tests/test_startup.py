@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, import_script, restore_sigint, run_command
+from helpers import ROOT, import_script, restore_sigint, run_command, run_script
 
 import checkpoint
 import data
@@ -171,6 +171,26 @@ def test_ctrl_c_while_loading_data_prints_one_line(script, argv, tmp_path, monke
     captured = capsys.readouterr()
     assert excinfo.value.code == 130 and captured.out == "" and re.fullmatch(r"\n.+: interrupted\n", captured.err)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_while_loading_data_leaves_no_empty_folders(name, tmp_path):
+    prepare = {"SIGTERM": terminate_in_load, "SIGHUP": hang_up_in_load}[name]
+    result = run_script("VQ-VAE.py", "--output-folder", "new/run", cwd=tmp_path, prepare=prepare)
+    assert (result.returncode, result.stdout) == (128 + getattr(signal, name), "")
+    assert result.stderr == "\nVQ-VAE.py: interrupted\n" and not list(tmp_path.iterdir())
+
+
+def terminate_in_load(number=signal.SIGTERM):
+    def load(*_):
+        assert os.path.isdir("models/new/run")
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+    data.load = load
+
+
+def hang_up_in_load():
+    terminate_in_load(signal.SIGHUP)
 
 
 def test_ctrl_c_raises_keyboard_interrupt_only_inside_the_context():

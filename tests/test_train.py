@@ -42,8 +42,11 @@ def test_run_writes_its_files_and_prints_their_paths(trained):
     stdout = (trained / "stdout.txt").read_text()
     for path in ("models/run/best.pt", "models/run/track.txt", "logs/run"):
         assert path in stdout
-    for line in (trained / "models" / "run" / "track.txt").read_text().splitlines():
-        assert line in stdout
+    columns = track(trained)
+    printed = [line.split() for line in stdout.splitlines()[1:4]]
+    assert printed[0] == ["epoch", "step", "train_recon", "test_recon", "perplexity", "used", "restarts", "seconds"]
+    assert [list(map(float, row)) for row in printed[1:]] == [[columns[name][i] for name in printed[0]] for i in (0, 1)]
+    assert max(map(len, stdout.splitlines()[1:4])) < 80
     arguments = json.loads((trained / "models" / "run" / "args.json").read_text())
     assert arguments["batch_size"] == 256 and arguments["seed"] == 0 and arguments["lr"] == 4e-3
     environment, = arguments["environments"]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from utils import arguments, startup
 
 MAX_MESSAGE = 2000          # characters; text from a damaged file can be of any length
-RUN_NAME_ARGUMENTS = ("help", "output_folder", "model", "resume", "overwrite")
+RUN_NAME_ARGUMENTS = ("help", "output_folder", "output", "model", "resume", "overwrite")
 # May be given anew with --resume: they do not change what a step learns.
 CHANGEABLE_ARGUMENTS = ("num_epochs", "device", "data_folder", "num_workers", "save_every", "keep_every",
                         "sample_every", "compile")
@@ -111,11 +111,13 @@ class Parser(argparse.ArgumentParser):
                 else:
                     raise
                 self.error(message, distributed.should_report_error())
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
+                number = error.args[0] if error.args else signal.SIGINT
+                line = f"\n{self.prog}: interrupted\n" if distributed.should_report_error() else None
                 former = signal.signal(signal.SIGINT, signal.SIG_IGN)           # a second one is too late
                 try:
                     kill_workers()
-                    self.exit(130, f"\n{self.prog}: interrupted\n" if distributed.should_report_error() else None)
+                    self.exit(128 + number, line)
                 finally:
                     signal.signal(signal.SIGINT, former)
             finally:

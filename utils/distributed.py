@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, Sampler, Subset
 
+from utils import files
 from utils.speed import first_line
 
 RENDEZVOUS_PORT = 29400                 # torchrun's own default
@@ -138,7 +139,7 @@ def launch_command(script, *arguments):
         if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
             launcher += ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint",
                          f"{os.environ['MASTER_ADDR']}:{RENDEZVOUS_PORT}"]
-    return shlex.join([*launcher, script, *arguments])
+    return shlex.join([*launcher, files.typed_path(script), *arguments])
 
 
 # ---------------------------------------------------------------- errors

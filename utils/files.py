@@ -2,21 +2,35 @@
 
 import errno
 import os
+import shlex
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
 except ImportError:         # Windows, where no lock on a folder is released when its process dies
     fcntl = None
 
+ROOT = Path(__file__).resolve().parent.parent
 TEMPORARY = ".unfinished"
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP         # of some network folders
 
 _locked = set()             # descriptors of the folders that this process has locked
 if fcntl:                   # a worker process of a DataLoader must not keep them locked when this one is killed
     os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _locked])
+
+
+def typed_path(path):
+    """A path inside the repository as it can be typed in the present folder."""
+    return min(str(ROOT / path), os.path.relpath(ROOT / path), key=len)
+
+
+def command(script, *words):
+    """The command line that runs a script of the repository from the present folder."""
+    return shlex.join(["python3", typed_path(script), *map(str, words)])
 
 
 def read_file(path):
@@ -26,11 +40,11 @@ def read_file(path):
     return Path(path).read_bytes()
 
 
-def write_atomically(path, data):
+def write_atomically(path, data, check=lambda: None):
     """Write bytes so that path always holds the old file or the new one, never a part of one.
 
-    They go to a temporary file beside it, which is flushed to the disk, then renamed. Raises OSError if that fails;
-    path is then unchanged.
+    They go to a temporary file beside it, which is flushed to the disk, then renamed. check(), which is called just
+    before, may raise an error to prevent that. Raises OSError if it fails; path is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
@@ -39,6 +53,7 @@ def write_atomically(path, data):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        check()
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -95,6 +110,37 @@ def locked_folder(folder, flag):
         finally:
             _locked.discard(held)
             os.close(held)
+
+
+class OutputFile(NamedTuple):
+    """A file that a command writes. What is at its path is replaced only with --overwrite, and only by its like.
+
+    A link is replaced as well, and what it points to stays.
+    """
+
+    path: Path
+    overwrite: bool
+    kind: str                           # what the file is, in words
+    is_of_kind: Callable                # whether the existing file at a path is one
+    advice: str = " or choose another name"
+
+    def check(self):
+        """Raise ValueError if the file could not be written, or must not be replaced. Writes nothing."""
+        if self.path.is_file() or (self.path.is_symlink() and not self.path.exists()):
+            if not self.overwrite:
+                raise ValueError(f"{self.path}: exists, replace it with --overwrite{self.advice}")
+            if self.path.exists() and not self.is_of_kind(self.path):
+                raise ValueError(f"{self.path}: exists and is not {self.kind}, choose another name")
+        elif self.path.is_dir():
+            raise ValueError(f"{self.path}: is a folder, give the name of a file")
+        elif self.path.exists():
+            raise ValueError(f"{self.path}: is not a regular file, choose another name")
+        check_writable(self.path)
+
+    def write(self, data):
+        """Write bytes, atomically, and create the file's folders. What has appeared there since check() is not lost."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, data, self.check)
 
 
 def check_unused_folders(folders, overwrite):

@@ -1,7 +1,6 @@
 """Opens what the flags name: the device, the model, its data, the prior."""
 
 import os
-import shlex
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,8 +32,7 @@ def find_device(name):
 
 def open_model(args):
     """The model that the arguments name, else the shipped one. → model, its checkpoint's contents, its path."""
-    shipped = min(str(checkpoint.PRETRAINED), os.path.relpath(checkpoint.PRETRAINED), key=len)
-    path = args.model or shipped
+    path = args.model or files.typed_path(checkpoint.PRETRAINED)
     with errors_name_flag("--model", path):
         model, contents = checkpoint.load_model(path, args.device, args.hidden_size, args.k)
     if not args.model and distributed.is_main_process():
@@ -71,26 +69,12 @@ def open_prior(args, model, contents):
     with errors_name_flag("--prior", path):
         if not args.prior and not os.path.exists(path):
             raise ValueError("the model has no prior yet: train one with "
-                             + shlex.join(["python3", "train_prior.py", "--model", contents["path"]]))
+                             + files.command("train_prior.py", "--model", contents["path"]))
         prior, contents = checkpoint.load_prior(path, (model, contents), args.device)
         if args.guidance != 1 and not prior.drop_label:
             raise ValueError(f"--guidance {args.guidance:g}: it was trained with --drop-label 0 and knows no images "
                              "without a class: leave --guidance out")
         return prior, contents.get("classes", list(data.DIGITS)), path
-
-
-def check_target(path, kind, overwrite, otherwise=""):
-    """Raise ValueError if a checkpoint of a kind could not be written to path. Writes nothing.
-
-    An existing one is replaced only with --overwrite, and no file of another kind is. otherwise: what else the message
-    suggests.
-    """
-    if path.is_file():
-        if not overwrite:
-            raise ValueError(f"{path} exists: replace it with --overwrite{otherwise}")
-        with errors_name_flag("--overwrite", path):
-            checkpoint.check_kind(path, kind)
-    files.check_writable(path)
 
 
 @contextmanager

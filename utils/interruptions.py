@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from utils import distributed
 from utils.cli import describe_dead_worker, describe_error, is_dead_worker
 from utils.memory import is_out_of_memory
-
-# Of Ctrl-C, of a job scheduler, and where there is one, of a terminal that is closed.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from utils.startup import STOP_SIGNALS
 
 
 class StopSignals:

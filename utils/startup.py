@@ -8,6 +8,8 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 
+# Of Ctrl-C, of a job scheduler, and where there is one, of a terminal that is closed.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads and oneDNN.
 LACK_OF_MEMORY = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
                   "could not create a primitive")
@@ -80,12 +82,19 @@ class Console:
 
 @contextmanager
 def as_exception():
-    """Inside, Ctrl-C raises KeyboardInterrupt again, so that temporary files are removed and locks released."""
-    if signal.getsignal(signal.SIGINT) is not exit_at_once:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Inside, STOP_SIGNALS raise KeyboardInterrupt(number): temporary files are removed, and empty folders.
+
+    Unless SIGINT has another handler than prepare()'s.
+    """
+    def interrupt(number, _frame):
+        raise KeyboardInterrupt(number)
+
+    former = {}
+    if signal.getsignal(signal.SIGINT) is exit_at_once:
+        former = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS
+                  if signal.getsignal(number) in (exit_at_once, signal.SIG_DFL)}        # not those that nohup ignores
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, exit_at_once)
+        for number, handler in former.items():
+            signal.signal(number, handler)

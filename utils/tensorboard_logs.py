@@ -12,26 +12,19 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from data import grid, to_bytes, to_model_range
 from metrics import perplexity
 from modules import Losses
-from utils.files import remove_temporary_files, write_atomically
+from utils.event_files import EMBEDDING_TAG
+from utils.files import write_atomically
 from utils.memory import images_that_fit
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
                  "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
-PRIOR_SUFFIX = ".prior"         # of the event files of train_prior.py
-LOGGED_BY_STEP = ("loss/train/", "lr")      # tags; all others are logged by epoch
-# Tags that are logged once: at the end of a run, or when its file is opened.
-LOGGED_ONCE = ("final/", "_hparams_/", CONFIG_SUMMARY_TAG)
-EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
+NOT_PRINTED = "train_codebook", "train_commit", "test_codebook", "test_commit"       # the rest fits into 80 characters
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
 GRID_PIXELS = 2**20             # of the images in a grid, together
 THUMBNAIL = 32                  # pixels: the largest side of a code's image in the projector, and in the graph
@@ -43,54 +36,6 @@ CHARTS = {
                for split, title in (("train", "training"), ("test", "test"))},
     "prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]},
 }
-
-
-def remove_logs(folder, suffix=""):
-    """Remove the logs of a former run from logs/NAME, with PRIOR_SUFFIX those of a prior alone. Other files stay."""
-    remove_temporary_files(folder)
-    for path in event_files(folder, suffix):
-        path.unlink()
-    if not suffix:
-        remove_logs(folder, PRIOR_SUFFIX)
-        remove_projector(folder)
-
-
-def event_files(folder, suffix=""):
-    """The event files of a VQ-VAE's run, or with PRIOR_SUFFIX of a prior's, oldest first."""
-    return [path for path in sorted(folder.glob("events.out.tfevents.*"))
-            if path.name.endswith(PRIOR_SUFFIX) == bool(suffix)]
-
-
-def remove_projector(folder):
-    (folder / "projector_config.pbtxt").unlink(missing_ok=True)
-    for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9]/{EMBEDDING_TAG}"):
-        for name in ("tensors.tsv", "metadata.tsv", "sprite.png"):
-            (path / name).unlink(missing_ok=True)
-        for empty in (path, path.parent):
-            if not any(empty.iterdir()):
-                empty.rmdir()
-
-
-def truncate_logs(folder, step, epoch, suffix=""):
-    """Remove what a run logged after a step and an epoch, which it is about to do again.
-
-    SummaryWriter's purge_step knows a single axis, but losses are logged by step and most of the rest by epoch. What is
-    logged at the end of a run is removed too, and what open_writer() writes again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_temporary_files(folder)
-    for path in event_files(folder, suffix):
-        buffer = io.BytesIO()
-        records = RecordWriter(buffer)
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            tags = [value.tag for value in event.summary.value]
-            last = step if any(tag.startswith(LOGGED_BY_STEP) for tag in tags) else epoch
-            if event.step <= last and not any(tag.startswith(LOGGED_ONCE) for tag in tags):
-                records.write(record)
-        write_atomically(path, buffer.getbuffer())
-    if not suffix:
-        remove_projector(folder)
 
 
 @contextmanager
@@ -230,6 +175,12 @@ def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):
     writer.add_scalar("prior/train", train_nats, epoch)
     writer.add_scalar("prior/test", test_nats, epoch)
     writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
+
+
+def log_classifier(writer, epoch, train_loss, accuracy):
+    """The classifier's cross-entropy in training, in nats, and its accuracy on the test set."""
+    writer.add_scalar("classifier/train", train_loss, epoch)
+    writer.add_scalar("classifier/accuracy", accuracy, epoch)
 
 
 def log_samples(writer, epoch, images, columns):

@@ -9,7 +9,6 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -32,18 +31,6 @@ MACHINE_ARGS = "data_folder", "num_workers", "device"       # arguments that may
 ADVICE = "try a lower rate; the files saved so far predate it"
 
 
-class RunFiles(NamedTuple):
-    """Where a training writes, and the command that resumes it."""
-
-    last: Path                  # the latest state of the training, to resume from
-    best: Path                  # the model with the lowest test loss
-    track: Path                 # a text file of one line an epoch
-    logs: Path                  # TensorBoard's folder
-    log_suffix: str             # of its event files
-    resume_command: str
-    every_epoch: str = ""       # the model after every --keep-every epochs, a path with {} for the epoch
-
-
 class Trainer:
     """A training under way: model, optimizer, schedule, data order and state.
 
@@ -59,7 +46,7 @@ class Trainer:
         self.args, self.files, self.metadata, self.model, self.size_flags = args, files, metadata, model, size_flags
         self.optimizer, self.schedule, self.generator = optimizer, schedule, generator
         self.num_images, self.loss_names, self.step_tag, self.patience = num_images, loss_names, step_tag, patience
-        self.writer = self.bar = None
+        self.writer, self.bar, self.saved_models = None, None, set()
         self.steps_per_epoch = math.ceil(num_images / args.batch_size)
         self.bfloat16 = args.amp                                      # until choose_precision()
         self.in_step = True                                           # else an epoch is tested
@@ -72,18 +59,25 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
+    def begin(self, former=()):
+        """Take over the run's files: a new training is saved in place of a former one, whose other files then go.
+
+        former: those that RunFiles does not name. If the first save fails, the former run is unchanged; once it has
+        succeeded, a training that is interrupted here goes on with what is left to do when it is resumed.
+        """
+        if not self.args.resume:
+            self.save_checkpoint()
+        self.files.clear(self.state, former)
+
     @contextmanager
     def running(self):
         """Within the block, signals end the training after the current step, and the TensorBoard writer is open.
 
-        A new training is saved at the start. A system error becomes a ValueError that says what is saved and how to
-        resume.
+        A system error becomes a ValueError that says what is saved and how to resume.
         """
         writer = tensorboard_logs.open_writer(self.files.logs, self.files.log_suffix)
         with StopSignals() as self.signals, explain_errors(self.out_of_memory, self.files), \
                 distributed.main_process_only(writer) as self.writer:
-            if not self.state.step:
-                self.save_checkpoint()
             try:
                 yield
             finally:
@@ -132,7 +126,7 @@ class Trainer:
                 tensorboard_logs.check_folder_exists(self.writer.log_dir)
             if self.writer and self.step_tag:
                 tensorboard_logs.log_steps(self.writer, state.step, self.step_tag, means, self.lr)
-            self.bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()}, refresh=False)
+            self.bar.set_postfix(loss=f"{means[self.loss_names[-1]]:.4f}", refresh=False)         # the one minimised
         state.seconds = time.perf_counter() - self.epoch_start
         if self.args.save_every and state.step % self.args.save_every == 0:
             self.save_checkpoint()
@@ -145,16 +139,24 @@ class Trainer:
         test: the test figures for the checkpoint, as plain values.
         """
         state = self.state
-        better = test_loss < state.best
-        if better:
+        if test_loss < state.best:
             state.best, state.best_epoch = test_loss, state.epoch
+            self.save_model(self.files.best, test)
+        if self.files.every_epoch and self.args.keep_every and state.epoch % self.args.keep_every == 0:
+            self.save_model(Path(self.files.every_epoch.format(state.epoch)), test)
+
+    def save_model(self, path, test):
+        """Write the model as it is now, with its test figures.
+
+        Raises ValueError if another program has written a file there since the training began.
+        """
         if distributed.is_main_process():
-            contents = {**self.metadata, "model": self.model.state_dict(), "epoch": state.epoch, "step": state.step,
-                        "test": test}
-            if better:
-                checkpoint.save(self.files.best, contents)
-            if self.files.every_epoch and self.args.keep_every and state.epoch % self.args.keep_every == 0:
-                checkpoint.save(Path(self.files.every_epoch.format(state.epoch)), contents)
+            if path not in self.saved_models and not self.args.resume and path.exists():
+                raise ValueError(f"{path} has appeared since the training began: move it away, then resume with: "
+                                 f"{self.files.resume_command}")
+            self.saved_models.add(path)
+            checkpoint.save(path, {**self.metadata, "model": self.model.state_dict(), "epoch": self.state.epoch,
+                                   "step": self.state.step, "test": test})
 
     def epoch_seconds(self):
         """Spent in the epoch so far."""
@@ -164,7 +166,14 @@ class Trainer:
         """Add a line to the text track, and print it."""
         self.state.track.append(line)
         tensorboard_logs.write_track(self.files.track, self.state.track)
-        print(line, flush=True)
+        self.print_track(line)
+
+    def print_track(self, *lines):
+        """Print lines of the text track, by default all, in the columns that fit into a terminal."""
+        names = self.state.track[0].split()
+        for line in lines or self.state.track:
+            print("  ".join(value.rjust(len(name)) for name, value in zip(names, line.split())
+                            if name not in tensorboard_logs.NOT_PRINTED), flush=True)
 
     @contextmanager
     def optional(self, what):
@@ -243,7 +252,8 @@ class Trainer:
         """
         if not distributed.is_main_process():
             return
-        self.writer.flush()             # what the checkpoint counts as done is in the logs too
+        if self.writer:
+            self.writer.flush()         # what the checkpoint counts as done is in the logs too
         self.check_finite()
         # Copied, since checkpoint.load() rejects lists that are shared.
         schedule = json.loads(json.dumps(self.schedule.state_dict()))
