@@ -79,7 +79,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import data
-from data import image_folder
+from data import image_file, image_folder
 from metrics import samples
 from utils import files, inputs
 from utils.memory import images_that_fit
@@ -103,11 +103,11 @@ def own_images(path, shape, generator):
         if not path.is_dir() and not path.is_file():
             raise ValueError("it is neither a regular file nor a folder")
         if not path.is_dir():
-            return image_folder.read_image(path, H, W, C).unsqueeze(0)
+            return image_file.read_image(path, H, W, C).unsqueeze(0)
 
         def read(file):
             try:
-                return image_folder.read_image(file, H, W, C)
+                return image_file.read_image(file, H, W, C)
             except ValueError as error:         # a folder may hold other things too
                 return error
 

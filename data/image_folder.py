@@ -1,4 +1,4 @@
-"""A folder of images as a data set: any tree of files that Pillow opens, brought to one size when they are needed.
+"""A folder of images as a data set: any tree of pictures, each read and brought to one size when it is needed.
 
 Letters: N images, B of them in a batch, C channels, H×W pixels.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data import image_file
 from utils import distributed
 from utils.cli import printable
 
@@ -33,56 +33,6 @@ NO_CLASS = "."                  # the class of images outside the sub-folders
 SETS = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
 MAX_LEVELS = 10                 # of folders that hold nothing but a folder
 OWN_FOLDERS = "models", "logs", "generatedImages"       # which the scripts write; their pictures are no data
-# Which Pillow recognises and leaves to others: to Ghostscript, to libraries that are not there, to the system.
-FOREIGN_FORMATS = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-
-
-def read_image(path, height, width, channels):
-    """The image in a file as uint8 (C, H, W): upright, on white, resized and cropped around its middle.
-
-    Raises OSError if the system cannot read it, ValueError if Pillow cannot.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # of damaged metadata, and of large sizes
-            with _open(path) as image:
-                image = _to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
-                pixels = np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-    except Exception as error:      # a damaged file makes Pillow raise whatever it trips over
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise ValueError(f"{path} is no image that Pillow can read ({' '.join(str(error).split())})") from error
-    return torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1)
-
-
-def _formats():
-    """The formats that Pillow decodes itself."""
-    Image.init()
-    return [name for name in Image.OPEN if name not in FOREIGN_FORMATS]
-
-
-def _open(path):
-    return Image.open(path, formats=_formats())
-
-
-def _to_mode(image, mode):
-    """An image of any mode as L or RGB, transparency on white. Raises ValueError if it is of floating point."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which the white one is not known")
-    if image.mode.startswith("I"):          # which Pillow would clip at 255
-        pixels, transparent = np.asarray(image).clip(0, 65535), image.info.get("transparency")
-        # 16 bits, whatever the values; of 32-bit integers, which no format defines the white of, the values decide.
-        is_16_bit = image.mode != "I" or image.format == "PNG" or pixels.max() > 255
-        shades = (pixels / (257 if is_16_bit else 1)).round().astype(np.uint8)
-        image = Image.fromarray(np.where(pixels == transparent, np.uint8(255), shades) if transparent else shades)
-    if image.mode == "LAB":                 # which Pillow does not convert to grey
-        image = image.convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert(mode)
-
 
 class ImageFiles(Dataset):
     """uint8 images of the shape [C, H, W], each read from its file when it is needed, and their int64 labels (N,).
@@ -143,7 +93,7 @@ class ImageFiles(Dataset):
         for source in chain(range(row, len(self)), range(row)):
             if source not in self.unreadable:           # however many there are, each is tried once
                 try:
-                    return source, read_image(self.paths[source], H, W, C)
+                    return source, image_file.read_image(self.paths[source], H, W, C)
                 except (ValueError, PermissionError):
                     self.unreadable.add(source)
         raise ValueError(f"not one of the {len(self):,} images in this set can be read; the first is {self.paths[0]}")
@@ -238,7 +188,7 @@ def default_num_workers():
 
 
 def map_in_threads(function, items):
-    """[function(item) for each item], in threads: of a function that calls read_image()."""
+    """[function(item) for each item], in threads: of a function that calls image_file.read_image()."""
     with warnings.catch_warnings(), ThreadPoolExecutor(default_num_workers()) as pool:
         warnings.simplefilter("ignore")         # read_image()'s own filter may be undone by another thread
         return list(pool.map(function, items))
@@ -258,10 +208,9 @@ def load(folder, shape):
     files = [(path, root) for root in roots for path in list_files(root)]
     if not files:
         raise ValueError(f"there is no file in {' or '.join(map(str, roots))}")
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
-    images, left_out = [], []
+    suffixes, images, left_out = image_file.suffixes(), [], []
     for path, root in files:
-        if path.suffix.lower() in suffixes or _has_image_header(path):
+        if path.suffix.lower() in suffixes or image_file.has_image_header(path):
             images.append((path, root))
         else:
             left_out.append(path)
@@ -332,19 +281,6 @@ def list_files(root):
                 above[path] = outer | {real}
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.parts)       # faster than paths
-
-
-def _has_image_header(path):
-    """Whether Pillow recognises a file of any name. Raises OSError if the system cannot read it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _open(path).close()
-            return True
-    except Exception as error:      # as in read_image()
-        if isinstance(error, OSError) and error.errno and not isinstance(error, PermissionError):
-            raise
-        return False
 
 
 def _class_name(path, root):

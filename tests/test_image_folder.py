@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 import checkpoint
 import data
-from data import image_folder
+from data import image_file, image_folder
 
 COLOURS = {"red ones": (220, 30, 30), "grüne": (30, 200, 40), "blau": (30, 60, 220)}
 MODES = {"L": "png", "LA": "png", "P": "gif", "RGBA": "png", "CMYK": "jpg", "RGB": "webp", "1": "png", "I;16": "png"}
@@ -60,10 +60,10 @@ def test_transparent_pixels_become_white_and_others_keep_their_colour(tmp_path):
     palette = rgba.convert("RGB").quantize(4)
     palette.info["transparency"] = palette.getpixel((7, 0))
     for image in (rgba, palette):
-        loaded = image_folder.read_image(save_image(image, tmp_path / "image.png"), 8, 8, 3)
+        loaded = image_file.read_image(save_image(image, tmp_path / "image.png"), 8, 8, 3)
         assert (loaded[:, :, :4].permute(1, 2, 0) == torch.tensor([200, 100, 50])).all()
         assert (loaded[:, :, 4:] == 255).all()
-    grey = image_folder.read_image(save_image(rgba.convert("LA"), tmp_path / "grey.png"), 8, 8, 1)
+    grey = image_file.read_image(save_image(rgba.convert("LA"), tmp_path / "grey.png"), 8, 8, 1)
     assert (grey[0, :, :4] == rgba.convert("L").getpixel((0, 0))).all() and (grey[0, :, 4:] == 255).all()
 
 
@@ -73,17 +73,17 @@ def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
         for suffix in ("png", "tif"):
             path = save_image(Image.fromarray(shades), tmp_path / f"deep.{suffix}")
             for channels in (1, 3):
-                loaded = image_folder.read_image(path, 8, 8, channels)
+                loaded = image_file.read_image(path, 8, 8, channels)
                 assert np.array_equal(loaded.numpy(), np.broadcast_to(np.round(shades / 257), (channels, 8, 8)))
     path = save_image(Image.fromarray(shades), tmp_path / "transparent.png", transparency=int(shades[2, 3]))
-    loaded = image_folder.read_image(path, 8, 8, 1)[0]
+    loaded = image_file.read_image(path, 8, 8, 1)[0]
     assert loaded[2, 3] == 255 and loaded[2, 4] == np.round(shades[2, 4] / 257)
 
 
 def test_lab_images_load_in_colour_and_grey(tmp_path):
     lab = Image.merge("LAB", [Image.new("L", (8, 8), value) for value in (180, 0, 0)])
     path = save_image(lab, tmp_path / "lab.tif")
-    colour, grey = (image_folder.read_image(path, 8, 8, channels) for channels in (3, 1))
+    colour, grey = (image_file.read_image(path, 8, 8, channels) for channels in (3, 1))
     assert grey.float().mean() == pytest.approx(colour.float().mean(), abs=40) and 128 < grey.float().mean() < 220
 
 
@@ -95,18 +95,18 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save_image(Image.fromarray(pixels), tmp_path / "rotated.png", exif=exif)
-    assert np.array_equal(image_folder.read_image(path, 16, 16, 1)[0].numpy(), upright)
+    assert np.array_equal(image_file.read_image(path, 16, 16, 1)[0].numpy(), upright)
 
 
 def test_images_are_center_cropped_and_not_stretched(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 14:46] = 255                            # the centre crop, with a margin for the resize filter
-    loaded = image_folder.read_image(save_image(Image.fromarray(wide), tmp_path / "wide.png"), 20, 20, 3)
+    loaded = image_file.read_image(save_image(Image.fromarray(wide), tmp_path / "wide.png"), 20, 20, 3)
     assert (loaded == 255).all()
-    tall = image_folder.read_image(save_image(Image.fromarray(wide.transpose(1, 0, 2)), tmp_path / "tall.png"), 8, 8, 1)
+    tall = image_file.read_image(save_image(Image.fromarray(wide.transpose(1, 0, 2)), tmp_path / "tall.png"), 8, 8, 1)
     assert (tall == 255).all()
     pixels = np.random.default_rng(2).integers(0, 255, (8, 12), np.uint8)
-    flat = image_folder.read_image(save_image(Image.fromarray(pixels), tmp_path / "flat.png"), 8, 12, 1)
+    flat = image_file.read_image(save_image(Image.fromarray(pixels), tmp_path / "flat.png"), 8, 12, 1)
     assert np.array_equal(flat[0], pixels)
 
 
@@ -122,7 +122,7 @@ def test_formats_that_pillow_leaves_to_other_programs_are_no_images(tmp_path, mo
     assert {path.name for path in train.left_out} == {"drawing.eps", "drawing", "film.mpg"}
     assert len(train) + len(test) == 5          # photo.png by its name, until it is read
     with pytest.raises(ValueError, match="no image that Pillow can read"):
-        image_folder.read_image(tmp_path / "photo.png", 8, 8, 1)
+        image_file.read_image(tmp_path / "photo.png", 8, 8, 1)
 
 
 def test_subfolders_are_classes_and_other_files_are_skipped(images_folder):
@@ -246,10 +246,10 @@ def test_symlinked_folders_are_classes_and_loops_terminate(tmp_path):
 
 def test_32_bit_integers_load_and_floats_are_rejected(tmp_path):
     pixels = np.arange(16).reshape(4, 4)
-    deep = image_folder.read_image(save_image(Image.fromarray(pixels.astype(np.int32)), tmp_path / "deep.tif"), 4, 4, 1)
+    deep = image_file.read_image(save_image(Image.fromarray(pixels.astype(np.int32)), tmp_path / "deep.tif"), 4, 4, 1)
     assert np.array_equal(deep[0].numpy(), pixels)          # 32-bit integers whose values fit into 8 bits
     with pytest.raises(ValueError, match="floating-point"):
-        image_folder.read_image(save_image(Image.fromarray(pixels.astype(np.float32)), tmp_path / "float.tif"), 4, 4, 1)
+        image_file.read_image(save_image(Image.fromarray(pixels.astype(np.float32)), tmp_path / "float.tif"), 4, 4, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 import checkpoint
 import data
-from data import code_maps, image_folder
+from data import code_maps, image_file, image_folder
 from modules import VectorQuantizedVAE
 from utils import distributed
 
@@ -45,7 +45,7 @@ def load_all(batches):
 @pytest.fixture
 def reads(tmp_path_factory, monkeypatch):
     """A function: how often each picture has been read since its last call, here or in a worker process."""
-    record, read_image = tmp_path_factory.mktemp("reads") / "paths", image_folder.read_image
+    record, read_image = tmp_path_factory.mktemp("reads") / "paths", image_file.read_image
 
     def recorded(path, *args):
         with open(record, "a") as file:
@@ -57,7 +57,7 @@ def reads(tmp_path_factory, monkeypatch):
         record.unlink(missing_ok=True)
         return counts
 
-    monkeypatch.setattr(image_folder, "read_image", recorded)
+    monkeypatch.setattr(image_file, "read_image", recorded)
     method = multiprocessing.get_start_method()
     multiprocessing.set_start_method("fork", force=True)        # so that workers see the patch
     yield take
@@ -248,7 +248,7 @@ def test_next_image_replaces_a_broken_one_and_is_reported_once(num_workers, keep
     for epoch in range(2):
         images, labels = load_all(batches)
         assert torch.equal(labels, sources) and torch.equal(files.labels, sources)
-        assert all(torch.equal(image, image_folder.read_image(files.paths[source], 8, 8, 1))
+        assert all(torch.equal(image, image_file.read_image(files.paths[source], 8, 8, 1))
                    for image, source in zip(images, sources))
         error = capsys.readouterr().err
         assert error.count("\n") == (1 if epoch == 0 else 0)
@@ -281,14 +281,14 @@ def test_each_process_reports_the_broken_files_of_its_shard(tmp_path, capsys):
 
 
 def test_file_without_permission_is_replaced(tmp_path, monkeypatch):
-    files, read_image = make_files(tmp_path, 5), image_folder.read_image
+    files, read_image = make_files(tmp_path, 5), image_file.read_image
 
     def forbidden(path, *args):
         if path == files.paths[1]:
             raise PermissionError(13, "Permission denied", str(path))
         return read_image(path, *args)
 
-    monkeypatch.setattr(image_folder, "read_image", forbidden)
+    monkeypatch.setattr(image_file, "read_image", forbidden)
     assert files[:][1].tolist() == [0, 2, 2, 3, 4]
 
 
