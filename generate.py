@@ -37,6 +37,9 @@ def get_parser():
     parser.add_argument("--originals", action="store_true",
                         help="with images as input: a row of ten originals above each row of reconstructions, "
                              "at most fifty (default: only reconstructions)")
+    parser.add_argument("--invert", action="store_true",
+                        help="with your own images as input: dark becomes light, for ink on paper and a model that "
+                             "learned light on dark, as MNIST is (default: images as they are)")
     group = parser.add_argument_group("with --input prior")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
@@ -58,6 +61,8 @@ def check_arguments(parser, args):
         parser.check_unused(args, (*cli.SAMPLING_ARGUMENTS, "label"), "is used only with --input prior, add it")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
+    if not isinstance(args.input, Path):
+        parser.check_unused(args, ("invert",), f"is used with the path of images as --input, not with {args.input}")
     if args.input not in ("test", "MNIST"):
         parser.check_unused(args, ("dataset", "data_folder", "num_workers"),
                             f"is used with --input test, not with {args.input}")
@@ -122,8 +127,22 @@ def own_images(path, shape, generator):
                     images.append(image)
             order = order[count:]
         if not images:
-            raise ValueError("there is no image in it that Pillow can read")
+            raise ValueError("there is no image in it that can be used")
         return torch.stack(images)
+
+
+def report_light_backgrounds(images, path):
+    """Print in one line how many of uint8 images (B, C, H, W), those at a path, are dark on a light background.
+
+    The background is the median at an image's borders.
+    """
+    borders = torch.cat([images[:, :, [0, -1]].flatten(1), images[..., [0, -1]].flatten(1)], dim=1)
+    background = borders.median(dim=1).values                                                   # (B,)
+    count = int(((background > 127) & (images.flatten(1).double().mean(dim=1) < background)).sum())
+    if count:
+        which = f"{count} of {len(images)} images in {path}" if path.is_dir() else path
+        print(cli.printable(f"{which}: dark on a light background, while the model learned light on dark: try "
+                            "--invert"), file=sys.stderr)
 
 
 def interleaved(originals, reconstructions):
@@ -155,6 +174,18 @@ def class_number(text, classes):
     raise ValueError(f"--label {text[:50]}: the prior knows the classes 0 to {len(classes) - 1}: {known}")
 
 
+def input_images(args, contents, path, generator):
+    """The images that --input names, as the model is to see them: uint8 (B, C, H, W)."""
+    if not isinstance(args.input, Path):
+        return test_images(args, contents, path, generator)
+    images = own_images(args.input, contents["dataset"]["shape"], generator)
+    if args.invert:
+        return 255 - images
+    if contents["dataset"]["name"] in data.LIGHT_ON_DARK:
+        report_light_backgrounds(images, args.input)
+    return images
+
+
 def default_name(args, contents):
     """A name for the picture: that of what it shows."""
     if args.input in ("random", "prior"):
@@ -181,8 +212,7 @@ def generate(args):
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
         images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps, args.device)])
     else:
-        images = (own_images(args.input, contents["dataset"]["shape"], generator) if isinstance(args.input, Path) else
-                  test_images(args, contents, path, generator))
+        images = input_images(args, contents, path, generator)
         batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
         reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
                                      for batch in images.split(batch_size)])

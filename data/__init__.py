@@ -23,6 +23,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
 FOLDER = DATASETS[-1]           # the data set that is any folder of images
+LIGHT_ON_DARK = set(DATASETS) - {"CIFAR10", "SVHN", FOLDER}         # MNIST and its relatives
 DIGITS = tuple("0123456789")
 
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, expect_usage_error, run_script
+from helpers import bundled_digits, expect_usage_error, readme_commands, run_script
 from PIL import Image
 
 import checkpoint
@@ -62,6 +62,48 @@ def test_originals_flag_needs_images_as_input(folder, monkeypatch, capsys):
         line = expect_usage_error("generate.py", ["--model", "model.pt", "--input", name, "--originals"], capsys)
         assert f"--originals: is used with images as --input, not with {name}" in line
     assert [path.name for path in folder.iterdir()] == ["model.pt"]
+
+
+def test_invert_flag_needs_own_images_as_input(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for name in ("test", "random", "prior"):
+        line = expect_usage_error("generate.py", ["--model", "model.pt", "--input", name, "--invert"], capsys)
+        assert f"--invert: is used with the path of images as --input, not with {name}" in line
+    assert [path.name for path in folder.iterdir()] == ["model.pt"]
+
+
+def test_inverted_drawing_is_reconstructed_as_the_digit(folder):
+    digits = bundled_digits()[0][9000:9004]
+    for path, pixels in (("digit.png", digits[0]), ("drawing.png", 255 - digits[0]), ("mixed/a.png", digits[1]),
+                         ("mixed/b.png", 255 - digits[2]), ("mixed/c.png", 255 - digits[3]),
+                         ("white.png", digits[0] | 255)):
+        (folder / path).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / path)
+
+    def reconstruct(*arguments, model="model.pt"):
+        result = run_script("generate.py", "--model", model, "--originals", "--input", *arguments, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        return np.array(Image.open(folder / result.stdout.strip())), result.stderr
+
+    plain, error = reconstruct("digit.png")
+    assert not error
+    inverted, error = reconstruct("drawing.png", "--invert")
+    assert not error and np.array_equal(inverted, plain)
+    hint = "dark on a light background, while the model learned light on dark: try --invert\n"
+    unchanged, error = reconstruct("drawing.png")
+    assert error == f"drawing.png: {hint}" and not np.array_equal(unchanged, plain)
+    assert reconstruct("mixed")[1] == f"2 of 3 images in mixed: {hint}"
+    assert not reconstruct("white.png")[1]
+    # Photographs may have any background.
+    assert not reconstruct("drawing.png", model=checkpoint.PRETRAINED.with_name("vqvae-cifar10.pt"))[1]
+
+
+def test_documented_command_inverts_a_drawing(tmp_path):
+    (_, script, *words), = readme_commands("docs/own-images.md", "Drawings for a model of digits")
+    Image.fromarray(255 - bundled_digits()[0][9000]).save(tmp_path / "drawing.png")
+    result = run_script(script, *words, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr.count("\n") == 1 and "--model" in result.stderr
+    assert (tmp_path / "generatedImages" / "drawing.png").is_file()
 
 
 @pytest.mark.parametrize("source", ["random", "prior", "."])

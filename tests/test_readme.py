@@ -105,6 +105,7 @@ def test_every_documented_flag_exists():
 def test_every_documented_command_parses(tmp_path, monkeypatch):
     (tmp_path / "my photos").mkdir()
     (tmp_path / "my photos" / "beach.jpg").touch()
+    (tmp_path / "drawing.png").touch()
     monkeypatch.chdir(tmp_path)
     assert len(commands()) > 60
     for script, *words in commands():
