@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import image_file
 from utils import distributed
-from utils.cli import printable
+from utils.cli import describe_error, printable
 
 MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files in every epoch
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
@@ -45,6 +45,7 @@ class ImageFiles(Dataset):
         self.paths, self.labels, self.shape, self.classes = paths, labels, shape, classes
         self.kept = self.is_kept = None         # (N, C, H, W) and (N,), after keep()
         self.unreadable, self.reported = set(), False           # rows whose file cannot be read, as far as is known
+        self.last_error = ""                                    # what one of them was refused for
 
     def __len__(self):
         return len(self.paths)
@@ -94,9 +95,10 @@ class ImageFiles(Dataset):
             if source not in self.unreadable:           # however many there are, each is tried once
                 try:
                     return source, image_file.read_image(self.paths[source], H, W, C)
-                except (ValueError, PermissionError):
+                except (ValueError, PermissionError) as error:
+                    self.last_error = describe_error(error)
                     self.unreadable.add(source)
-        raise ValueError(f"not one of the {len(self):,} images in this set can be read; the first is {self.paths[0]}")
+        raise ValueError(f"not one of the {len(self):,} images in this set can be used: {self.last_error}")
 
     def keep(self):
         """Keep images in memory once they have been read, if there is room for all of them."""
@@ -126,7 +128,7 @@ class ImageFiles(Dataset):
         if rows and not self.reported:
             self.reported = True
             names = ", ".join(printable(str(self.paths[row])) for row in rows[:3]) + ", …" * (len(rows) > 3)
-            tqdm.write(f"{len(rows):,} of {len(self):,} images cannot be read, the next image of the set was taken "
+            tqdm.write(f"{len(rows):,} of {len(self):,} images cannot be used, the next image of the set was taken "
                        f"instead: {names}", file=sys.stderr)
 
 
@@ -188,9 +190,8 @@ def default_num_workers():
 
 
 def map_in_threads(function, items):
-    """[function(item) for each item], in threads: of a function that calls image_file.read_image()."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(default_num_workers()) as pool:
-        warnings.simplefilter("ignore")         # read_image()'s own filter may be undone by another thread
+    """[function(item) for each item], in threads."""
+    with ThreadPoolExecutor(default_num_workers()) as pool:
         return list(pool.map(function, items))
 
 

@@ -253,7 +253,7 @@ def test_next_image_replaces_a_broken_one_and_is_reported_once(num_workers, keep
         error = capsys.readouterr().err
         assert error.count("\n") == (1 if epoch == 0 else 0)
         if epoch == 0:
-            assert "4 of 20 images cannot be read" in error and error.endswith("009.png, …\n") and "019" not in error
+            assert "4 of 20 images cannot be used" in error and error.endswith("009.png, …\n") and "019" not in error
 
 
 def test_prior_is_trained_with_the_labels_of_the_replacements(tmp_path):
@@ -277,7 +277,7 @@ def test_each_process_reports_the_broken_files_of_its_shard(tmp_path, capsys):
     files[:]
     list(data.batches(Subset(files, range(1, 12, 2)), 4, num_workers=0))
     error = capsys.readouterr().err
-    assert "1 of 12 images cannot be read" in error and "007.png" in error
+    assert "1 of 12 images cannot be used" in error and "007.png" in error
 
 
 def test_file_without_permission_is_replaced(tmp_path, monkeypatch):
@@ -302,4 +302,4 @@ def test_set_without_a_readable_image_is_an_error(num_workers, tmp_path, monkeyp
     flags = ["--dataset", "folder", "--data-folder", "images", "--num-workers", num_workers]
     for script, more in (("VQ-VAE.py", []), ("evaluate.py", ["--model", checkpoint.PRETRAINED])):
         line = expect_usage_error(script, [*flags, *more], capsys)
-        assert "not one of the 3 images in this set can be read" in line and "images/test/" in line
+        assert "not one of the 3 images in this set can be used" in line and "images/test/" in line
