@@ -130,8 +130,13 @@ def _deep_to_8_bits(image):
     # Of 32-bit integers, which no format defines the white of, the values decide. Pillow holds 16 bits in them too.
     if image.mode == "I" and image.format not in ("PNG", "PPM") and pixels.max() <= 255:
         white = 255
-    shades = (pixels / (white / 255)).round().clip(0, 255).astype(np.uint8)
+    shades = pixels.astype(np.uint32)
+    shades *= 255                           # in place: there may be 96 million of them
+    shades += white // 2
+    shades //= white
+    shades = shades.astype(np.uint8)
     if tags.get(PHOTOMETRIC) == MIN_IS_WHITE:
         shades = 255 - shades
-    transparent = image.info.get("transparency")                        # one value, of a PNG
-    return shades if transparent is None else np.where(pixels == transparent, np.uint8(255), shades)
+    if (transparent := image.info.get("transparency")) is not None:     # one value, of a PNG
+        shades[pixels == transparent] = 255
+    return shades

@@ -130,7 +130,8 @@ def test_scripts_print_only_their_own_lines_about_a_thousand_odd_files(odd, tmp_
                 headless.add(path)
     assert {picture.path for picture in pictures} < usable and not usable.intersection(floats)
     left_out, *replaced = run("VQ-VAE.py", "--dataset", "folder", "--data-folder", folder, "--image-size", 16,
-                              "--hidden-size", 8, "--k", 16, "--num-epochs", 1, "--batch-size", 128, cwd=tmp_path)
+                              "--channels", 1, "--hidden-size", 8, "--k", 16, "--num-epochs", 1, "--batch-size", 128,
+                              cwd=tmp_path)
     assert left_out.startswith(f"Left out of {folder}, {len(headless)} that Pillow cannot read: ")
     found = [re.match(r"(\d+) of (\d+) images cannot be used, the next image of the set was taken instead: ", line)
              for line in replaced]
