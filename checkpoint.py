@@ -21,7 +21,8 @@ One of a prior rebuilds its own as well, and names the VQ-VAE that its codes bel
     dataset   the data set's name; classes, its classes' names, where they are not the ten digits
     model, epoch, step, test   as above, and in prior-last.pt training
 
-The classifier that judges sampled digits has format, kind ("classifier"), dataset, model and test.
+The classifier that judges sampled digits has format, kind ("classifier"), dataset, model, epoch, step and test, and in
+NAME-last.pt training. The first ones have no epoch and step.
 """
 
 import hashlib

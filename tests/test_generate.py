@@ -81,7 +81,8 @@ def test_inverted_drawing_is_reconstructed_as_the_digit(folder):
         Image.fromarray(pixels).save(folder / path)
 
     def reconstruct(*arguments, model="model.pt"):
-        result = run_script("generate.py", "--model", model, "--originals", "--input", *arguments, cwd=folder)
+        result = run_script("generate.py", "--model", model, "--originals", "--overwrite", "--input", *arguments,
+                            cwd=folder)
         assert result.returncode == 0, result.stderr
         return np.array(Image.open(folder / result.stdout.strip())), result.stderr
 

@@ -351,15 +351,16 @@ def test_user_images_are_reconstructed(trained_folder, images_folder, monkeypatc
     upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     original = np.asarray(ImageOps.fit(upright, (64, 64), Image.Resampling.LANCZOS))
     assert picture.size == (64, 64) and np.abs(np.asarray(picture).astype(float) - original).mean() < 45
-    import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau")])
+    import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau"),
+                                       "--overwrite"])
     assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 images
     assert "notes.txt is no image" in capsys.readouterr().err
-    (trained_folder / "generatedImages" / "mine.png").write_bytes(path.read_bytes())
+    Image.open(path).save(trained_folder / "generatedImages" / "mine.png")
     before = (trained_folder / "generatedImages" / "mine.png").read_bytes()
     for source in ("generatedImages/mine.png", "generatedImages"):
-        arguments = ["--model", "models/mine/best.pt", "--input", source, "--filename", "mine"]
+        arguments = ["--model", "models/mine/best.pt", "--input", source, "--filename", "mine", "--overwrite"]
         line = expect_usage_error("generate.py", arguments, capsys)
-        assert "--filename mine: generatedImages/mine.png exists, in --input" in line
+        assert "--filename mine: generatedImages/mine.png: is in --input" in line
     assert (trained_folder / "generatedImages" / "mine.png").read_bytes() == before
     # A model of digits accepts them too, resized and in grey.
     import_script("generate.py").main(["--input", str(path), "--filename", "as a digit"])
