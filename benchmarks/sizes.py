@@ -172,12 +172,12 @@ def script_commands(size, downsample, K):
         "training": ["VQ-VAE.py", "--dataset", "folder", "--data-folder", "pictures", "--image-size", size, "--k", K,
                      "--downsample", downsample, "--batch-size", 1, "--num-epochs", 1, "--output-folder",
                      f"{size}-{K}", "--overwrite"],
-        "generate test": ["generate.py", *model],
-        "random": ["generate.py", *model, "--input", "random"],
+        "generate test": ["generate.py", *model, "--overwrite"],
+        "random": ["generate.py", *model, "--input", "random", "--overwrite"],
         "codes": ["codes.py", *model, "--output", "codes.npz", "--overwrite"],
         "evaluate": ["evaluate.py", *model],
         "prior": ["train_prior.py", *model, *PRIOR.split(), "--batch-size", 1, "--num-epochs", 1, "--shift", 0],
-        "generate prior": ["generate.py", *model, "--input", "prior"],
+        "generate prior": ["generate.py", *model, "--input", "prior", "--overwrite"],
     }
 
 
