@@ -119,7 +119,6 @@ SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 def train(trainer, batches):
     """Epoch after epoch: train, evaluate, save, log."""
     args, model, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
-    quantizer = model.quantizer
 
     def forward(x):
         """The losses of images x (B, C, H, W), and the codes chosen for them (B, h, w)."""
@@ -127,8 +126,8 @@ def train(trainer, batches):
             output = model(x)
             return vqvae_losses(x, output, args.beta), output.indices
 
-    # Compiled only once K-means has run: before, the quantizer branches on a buffer.
-    forward = trainer.accelerate(forward, compile_if=lambda: quantizer.known_initialised)
+    # The first step is not compiled: a quantizer may initialise itself in it, as K-means does the codebook.
+    forward = trainer.accelerate(forward, compile_if=lambda: trainer.state.step > 0)
     for epoch in trainer.epochs():                            # where it left off, if resumed
         model.train()
         for images, _ in trainer.batches(batches.train):
@@ -222,10 +221,12 @@ def build_trainer(args, files, batches, saved=None):
     size_flags = "--hidden-size or --k"
     if args.dataset == data.FOLDER:
         size_flags = f"--image-size, {size_flags}, or a larger --downsample"
+    no_restarts = torch.zeros((), dtype=torch.int64, device=args.device)
     return Trainer(
         args, files, metadata, model, optimizer, schedule, batches.generator, len(batches.train_set), Losses._fields,
         size_flags, step_tag="loss/train/", track=["  ".join(tensorboard_logs.TRACK_COLUMNS)],
-        restarts=model.quantizer.restarts, code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
+        restarts=getattr(model.quantizer, "restarts", no_restarts),
+        code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
 
 
 def make_schedule(name, optimizer, lr, steps):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vector_quantizer import VectorQuantizer, vq
+from vector_quantizer import QUANTIZERS, Quantized, check_indices
 
 DOWNSAMPLES = 4, 8, 16      # f: pixels that a code covers, in each direction
 
@@ -114,14 +114,91 @@ def contiguous_on_mps(x):
     return x.flatten(1).view(x.shape) if x.device.type == "mps" else x
 
 
-class VectorQuantizedVAE(nn.Module):
-    """Encoder → vector quantizer → decoder (van den Oord et al. 2017, figure 1).
+# ---------------------------------------------------------------- the contract of a quantizer
 
-    channels is 1 or 3; hidden_size is D; num_codes is K; downsample is f, one of DOWNSAMPLES; **codebook holds the
-    other arguments of the VectorQuantizer. Raises ValueError for another number of channels or f, or a size below 1.
+def check_quantizer(quantizer, num_codes, dim):
+    """Raise ValueError unless a new quantizer keeps the contract of vector_quantizer.py, as far as a trial shows.
+
+    It quantizes a few latents in evaluation mode, without random numbers. On the meta device, which has no values, only
+    the presence of its parts is checked.
+    """
+    name = type(quantizer).__name__
+
+    def require(condition, wrong):
+        if not condition:
+            raise ValueError(f"the quantizer {name} does not keep the contract in vector_quantizer.py: {wrong}")
+
+    require(isinstance(quantizer, nn.Module), "it is not an nn.Module")
+    for attribute, expected in (("num_codes", num_codes), ("dim", dim)):
+        require(hasattr(quantizer, attribute), f"it has no {attribute}")
+        found = getattr(quantizer, attribute)
+        fits = type(found) in (int, type(expected)) and found == expected
+        require(fits, f"its {attribute} is {found!r}, not {expected}")
+    require(type(quantizer).forward is not nn.Module.forward, "it has no forward()")
+    for method in ("encode", "lookup"):
+        require(callable(getattr(quantizer, method, None)), f"it has no {method}()")
+    if hasattr(quantizer, "restarts"):
+        count = dict(quantizer.named_buffers()).get("restarts")
+        require(count is not None and count.shape == () and count.dtype == torch.int64,
+                "its restarts is not a buffer of one int64 number, without dimensions")
+    # Deterministic, of three different sizes, so that swapped dimensions show.
+    z_e = torch.arange(2 * dim * 3 * 4.0).sin().view(2, dim, 3, 4)
+    if z_e.is_meta:
+        return
+    modes = {module: module.training for module in quantizer.modules()}
+    quantizer.eval()
+    try:
+        _check_outputs(quantizer, z_e, require)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_outputs(quantizer, z_e, require):
+    """The part of check_quantizer() that calls a quantizer in evaluation mode, on latents z_e (B, D, h, w)."""
+    def require_tensor(value, what, shape, dtype=None):
+        kind = dtype or "floating point"
+        require(torch.is_tensor(value), f"{what} is {type(value).__name__}, not a tensor")
+        require(value.shape == shape and (value.dtype == dtype if dtype else value.is_floating_point()),
+                f"{what} is {value.dtype} {tuple(value.shape)}, not {kind} {tuple(shape)}")
+
+    B, _, h, w = z_e.shape
+    state = dict((*quantizer.named_parameters(), *quantizer.named_buffers()))
+    before, random_state = {key: value.detach().clone() for key, value in state.items()}, torch.get_rng_state()
+    with torch.enable_grad():
+        z_e = z_e.clone().requires_grad_()
+        output = quantizer(z_e)
+        require(isinstance(output, Quantized), f"forward() returns {type(output).__name__}, not Quantized")
+        require_tensor(output.z_q, "forward()'s z_q", z_e.shape)
+        require_tensor(output.indices, "forward()'s indices", (B, h, w), torch.int64)
+        require_tensor(output.codebook_loss, "forward()'s codebook_loss", ())
+        require_tensor(output.commitment_loss, "forward()'s commitment_loss", ())
+        require(output.indices.min() >= 0 and output.indices.max() < quantizer.num_codes,
+                f"forward()'s indices leave [0, {quantizer.num_codes})")
+        if not torch.is_inference_mode_enabled():
+            gradient = output.z_q.requires_grad and torch.autograd.grad(
+                output.z_q, z_e, z_e.detach().to(output.z_q.dtype), allow_unused=True)[0]
+            require(torch.is_tensor(gradient) and gradient.any(), "no gradient of forward()'s z_q reaches z_e")
+    with torch.no_grad():
+        indices, codes = quantizer.encode(z_e), quantizer.lookup(output.indices)
+        require_tensor(indices, "encode()'s result", (B, h, w), torch.int64)
+        require(torch.equal(indices, output.indices), "encode() gives other indices than forward()")
+        require_tensor(codes, "lookup()'s result", z_e.shape, output.z_q.dtype)
+        require(torch.allclose(codes, output.z_q, rtol=1e-4, atol=1e-6), "lookup() gives other codes than forward()")
+    for key, value in (*quantizer.named_parameters(), *quantizer.named_buffers()):
+        require(key in before and torch.equal(value, before[key]), f"its {key} changes in evaluation mode")
+    require(torch.equal(torch.get_rng_state(), random_state), "it draws random numbers in evaluation mode")
+
+
+class VectorQuantizedVAE(nn.Module):
+    """Encoder → quantizer → decoder (van den Oord et al. 2017, figure 1).
+
+    channels is 1 or 3; hidden_size is D; num_codes is K; downsample is f, one of DOWNSAMPLES; quantizer is a name in
+    QUANTIZERS, and **settings are its other arguments. Raises ValueError for another number of channels, f or
+    quantizer, a size below 1, or a quantizer that breaks the contract.
     """
 
-    def __init__(self, channels=1, hidden_size=40, num_codes=512, downsample=4, **codebook):
+    def __init__(self, channels=1, hidden_size=40, num_codes=512, downsample=4, quantizer="vq", **settings):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
@@ -129,11 +206,16 @@ class VectorQuantizedVAE(nn.Module):
             raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are integers from 1 on")
         if type(downsample) is not int or downsample not in DOWNSAMPLES:
             raise ValueError(f"downsample is {', '.join(map(str, DOWNSAMPLES))}, not {downsample}")
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer {quantizer!r} is not in vector_quantizer.QUANTIZERS, which has "
+                             f"{', '.join(QUANTIZERS)}")
         self.channels, self.downsample = channels, downsample
         self.encoder = Encoder(channels, hidden_size, downsample)
-        self.quantizer = VectorQuantizer(num_codes, hidden_size, **codebook)
+        self.quantizer = QUANTIZERS[quantizer](num_codes, hidden_size, **settings)
         self.decoder = Decoder(channels, hidden_size, downsample)
-        self.apply(init_convolution)
+        self.encoder.apply(init_convolution)
+        self.decoder.apply(init_convolution)
+        check_quantizer(self.quantizer, num_codes, hidden_size)
 
     def forward(self, x):
         """Images x (B, C, H, W) in [-1, 1] → VQVAEOutput. Raises ValueError as encode() does."""
@@ -147,14 +229,16 @@ class VectorQuantizedVAE(nn.Module):
         In training mode BatchNorm uses the batch's statistics, and updates its own. Raises ValueError if x is not
         (B, C, H, W) with H and W multiples of f.
         """
-        return vq(self._latents(x).permute(0, 2, 3, 1), self.quantizer.codebook)
+        return self.quantizer.encode(self._latents(x))
 
     def decode(self, indices):
         """Images (B, C, f·h, f·w) in [-1, 1] from code indices (B, h, w).
 
         Raises ValueError if indices are not integers (B, h, w) in [0, K).
         """
-        return self.decoder(self.quantizer.lookup(indices))
+        if indices.dim() != 3:
+            raise ValueError(f"indices {tuple(indices.shape)} are not (B, h, w)")
+        return self.decoder(self.quantizer.lookup(check_indices(indices, self.quantizer.num_codes)))
 
     def map_size(self, height, width):
         """(h, w) of the code map of images of (H, W) pixels. Raises ValueError if there is none."""

@@ -1,7 +1,20 @@
-"""Vector quantization: the nearest code to every latent, the straight-through gradient, and the codebook.
+"""Quantizers. Vector quantization: the nearest code to every latent, the straight-through gradient, and the codebook.
 
 Letters: B images, h×w latents of one image, N = B·h·w latents in all, D latent size, K codes.
 The paper is van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv:1711.00937.
+
+A quantizer is an nn.Module, made as cls(num_codes, dim, **settings) and named in QUANTIZERS. It has
+
+    num_codes, dim      integers, K and D
+    forward(z_e)        latents (B, D, h, w) → Quantized, of which z_q has a gradient with respect to z_e
+    encode(z_e)         the indices (B, h, w) int64 of the same latents
+    lookup(indices)     the codes (B, D, h, w) of indices (B, h, w) int64 in [0, K): forward's z_q, but for rounding
+    restarts            optional: how many codes were moved, an int64 scalar; a buffer with persistent=False, changed in
+                        place. The training logs it, saves it, and sets it to zero before each epoch
+
+State that has to survive is in parameters and buffers. In evaluation mode none of it changes, and no random number is
+drawn. Nothing outside of this file uses anything else of a quantizer. The quantizers of this file also take latents of
+another rank than 4, as (..., D) with indices (...); those of rank 4 are always (B, D, h, w).
 """
 
 from typing import NamedTuple
@@ -26,9 +39,9 @@ CODEBOOK_INITS = ("kmeans", "uniform")
 
 
 class Quantized(NamedTuple):
-    """What the quantizer returns for z_e (B, D, h, w); both losses are unweighted scalars."""
+    """What a quantizer returns for z_e (B, D, h, w); both losses are unweighted scalars, zero where it has none."""
 
-    z_q: torch.Tensor               # (B, D, h, w), rows of the codebook; its gradient goes to z_e
+    z_q: torch.Tensor               # (B, D, h, w), codes; their gradient goes to z_e
     indices: torch.Tensor           # (B, h, w) int64, in [0, K)
     codebook_loss: torch.Tensor     # eq. 3, second term, as a mean over elements
     commitment_loss: torch.Tensor   # eq. 3, third term without β, as a mean over elements
@@ -134,6 +147,32 @@ def kmeans(latents, num_codes, iterations=KMEANS_ITERATIONS):
     return centres
 
 
+# ---------------------------------------------------------------- shapes of latents and indices
+
+def _to_rows(z_e, dim):
+    """Latents (B, D, h, w), or of another rank (..., D) → (N, D), and their indices' shape, (B, h, w) or (...)."""
+    last = z_e.permute(0, 2, 3, 1) if z_e.dim() == 4 else z_e         # (..., D)
+    if last.shape[-1:] != (dim,):
+        raise ValueError(f"z_e {tuple(z_e.shape)} is not (B, {dim}, h, w), or of another rank (..., {dim})")
+    return last.reshape(-1, dim), last.shape[:-1]
+
+
+def _from_rows(codes, shape):
+    """Codes (N, D) of indices of this shape, as _to_rows() took the latents: (B, D, h, w) or (..., D)."""
+    codes = codes.view(*shape, codes.shape[-1])
+    return codes.permute(0, 3, 1, 2) if len(shape) == 3 else codes
+
+
+def check_indices(indices, num_codes):
+    """The indices as int64. Raises ValueError unless they are integers in [0, K)."""
+    if indices.dtype not in INTEGERS:
+        raise ValueError(f"indices are integers, not {indices.dtype}")
+    indices = indices.long()
+    if indices.numel() and not 0 <= indices.min() <= indices.max() < num_codes:
+        raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {num_codes})")
+    return indices
+
+
 # ---------------------------------------------------------------- the codebook
 
 class VectorQuantizer(nn.Module):
@@ -169,18 +208,16 @@ class VectorQuantizer(nn.Module):
         self.known_initialised = codebook_init == "uniform"
 
     def forward(self, z_e):
-        """z_e (B, D, h, w) → Quantized. Worked shapes: (16, 40, 7, 7) → 784 vectors of size 40.
+        """z_e (B, D, h, w) or (..., D) → Quantized. Worked shapes: (16, 40, 7, 7) → 784 vectors of size 40.
 
         Output and losses are those of the codebook before this step's update and restarts.
-        Raises ValueError if z_e is not (B, D, h, w).
+        Raises ValueError for another shape.
         """
-        if z_e.dim() != 4 or z_e.shape[1] != self.dim:
-            raise ValueError(f"z_e {tuple(z_e.shape)} is not (B, {self.dim}, h, w)")
-        B, D, h, w = z_e.shape
-        flat = z_e.permute(0, 2, 3, 1).reshape(-1, D)                 # (N, D), N = B·h·w
+        flat, shape = _to_rows(z_e, self.dim)                         # (N, D), N = B·h·w
         flat = flat.to(self.codebook.dtype)                           # under autocast too
+        positions = shape[1:].numel()                                 # h·w
         if self.training and not self.known_initialised:
-            self._initialise(flat, h * w)
+            self._initialise(flat, positions)
 
         indices = vq(flat, self.codebook)                             # (N,)
         chosen = F.embedding(indices, self.codebook)                  # (N, D)
@@ -190,22 +227,23 @@ class VectorQuantizer(nn.Module):
         if self.training and self.ema:
             self._update_ema(flat, indices)
         if self.training and self.restart_after:
-            self._restart_unused(flat, h * w, indices)
+            self._restart_unused(flat, positions, indices)
 
-        z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)              # (B, D, h, w)
-        return Quantized(z_q, indices.view(B, h, w), codebook_loss, commitment_loss)
+        z_q = _from_rows(codes, shape)                                # (B, D, h, w)
+        return Quantized(z_q, indices.view(shape), codebook_loss, commitment_loss)
+
+    def encode(self, z_e):
+        """The indices (B, h, w) or (...) of latents (B, D, h, w) or (..., D), without the losses."""
+        flat, shape = _to_rows(z_e, self.dim)
+        return vq(flat, self.codebook).view(shape)
 
     def lookup(self, indices):
-        """The codes (B, D, h, w) of a map of indices (B, h, w).
+        """The codes (B, D, h, w) of indices (B, h, w), or (..., D) of (...) of another rank than 3.
 
-        Raises ValueError if indices are not integers (B, h, w) in [0, K).
+        Raises ValueError if indices are not integers in [0, K).
         """
-        if indices.dim() != 3 or indices.dtype not in INTEGERS:
-            raise ValueError(f"indices are integers (B, h, w), not {indices.dtype} {tuple(indices.shape)}")
-        indices = indices.long()
-        if indices.numel() and not 0 <= indices.min() <= indices.max() < self.num_codes:
-            raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {self.num_codes})")
-        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+        indices = check_indices(indices, self.num_codes)
+        return _from_rows(F.embedding(indices.flatten(), self.codebook), indices.shape)
 
     @torch.no_grad()
     def _initialise(self, flat, positions):
@@ -290,3 +328,7 @@ def _gather_rows(flat, positions, rows):
     images = rows // positions
     own = (images % world_size == rank).unsqueeze(1)
     return _all_reduce_sum(torch.where(own, flat[images // world_size * positions + rows % positions], 0))
+
+
+# The quantizers of modules.VectorQuantizedVAE, by name.
+QUANTIZERS = {"vq": VectorQuantizer}

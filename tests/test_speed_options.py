@@ -71,6 +71,7 @@ def test_compiled_step_matches_eager_step(tmp_path, capsys):
     torch._dynamo.utils.counters.clear()
     eager, batches = train_steps(tmp_path)
     compiled, _ = train_steps(tmp_path, "--compile", num_steps=0)
+    compiled.state.step = eager.state.step          # as in a resumed run: the first step is never compiled
     compiled.model.train()
     for images, _ in batches.train:
         x = data.to_model_range(images)
@@ -278,7 +279,7 @@ def test_resumed_run_compiles_the_same_steps(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(speed, "compile_step", lambda forward, _: lambda x: compiled.append(len(x)) or forward(x))
     trainer, _ = train_steps(tmp_path, "--compile")
-    assert compiled == [16] * 9             # the first step, with K-means, is eager
+    assert compiled == [16] * 9             # the first step, in which a quantizer may initialise itself, is eager
     with SummaryWriter(tmp_path) as trainer.writer:
         trainer.save_checkpoint()
     _, saved = checkpoint.load_model(tmp_path / "last.pt")

@@ -152,11 +152,12 @@ def log_codebook(writer, model, counts, shape, epoch):
     model.eval()
     side = min(*shape[1:], THUMBNAIL)
     h, w = model.map_size(side, side)
-    codebook = model.quantizer.codebook.detach()
-    codes = counts.topk(min(len(counts), PROJECTOR_CODES)).indices.sort().values
-    pictures = [model.decode(batch.to(codebook.device).view(-1, 1, 1).expand(-1, h, w)).cpu()
-                for batch in codes.split(images_that_fit(side, side, model.quantizer.dim))]
-    writer.add_embedding(codebook[codes.to(codebook.device)].cpu(), tag=EMBEDDING_TAG, global_step=epoch,
+    codes = counts.topk(min(len(counts), PROJECTOR_CODES)).indices.sort().values              # (n,)
+    maps = codes.to(next(model.parameters()).device).view(-1, 1, 1)                           # (n, 1, 1)
+    pictures = [model.decode(batch.expand(-1, h, w)).cpu()
+                for batch in maps.split(images_that_fit(side, side, model.quantizer.dim))]
+    vectors = model.quantizer.lookup(maps).flatten(1).cpu()                                   # (n, D)
+    writer.add_embedding(vectors, tag=EMBEDDING_TAG, global_step=epoch,
                          metadata=list(zip(codes.tolist(), counts[codes].tolist())), metadata_header=["code", "used"],
                          label_img=(torch.cat(pictures) + 1) / 2)
 
