@@ -13,9 +13,11 @@ DOWNSAMPLES = 4, 8, 16
 LARGEST_SIDE = 512          # pixels
 SCHEDULES = "constant", "cosine", "onecycle"
 CODEBOOK_UPDATES, CODEBOOK_INITS = ("gradient", "ema"), ("kmeans", "uniform")
+QUANTIZER_ARGUMENTS = "codebook_update", "codebook_init", "restart_after", "levels"
 
 
-def get_parser():
+def get_parser(quantizers=()):
+    """The parser. quantizers: their names, which only torch knows; without them any name is accepted."""
     parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
 
@@ -36,16 +38,22 @@ def get_parser():
     group.add_argument("--hidden-size", "--hidden-size-vae", type=arguments.integer(1), default=40, metavar="D",
                        help=f"size D of a latent vector and of the hidden layers {shown}")
     group.add_argument("--k", type=arguments.integer(1), default=512, metavar="K",
-                       help=f"number of codes in the codebook {shown}")
+                       help=f"number of codes; with fsq the product of --levels, and need not be given {shown}")
     group.add_argument("--downsample", type=int, choices=DOWNSAMPLES, default=DOWNSAMPLES[0],
                        help="side in pixels of the square that a code covers; 8 or 16, for larger images, give a "
                             f"quarter or a sixteenth of the codes {shown}")
+    group.add_argument("--quantizer", type=arguments.one_of(*quantizers) if quantizers else str, default="vq",
+                       metavar="NAME", help="vq: the nearest of K learned codes; fsq: finite scalar quantization, on a "
+                                            "fixed grid; or another one of QUANTIZERS in vector_quantizer.py, which "
+                                            f"takes those of the next four flags that it names {shown}")
     group.add_argument("--codebook-update", type=arguments.one_of(*CODEBOOK_UPDATES), default="gradient", metavar="HOW",
                        help=f"the codebook learns by the codebook loss (gradient) or by moving averages (ema) {shown}")
     group.add_argument("--codebook-init", type=arguments.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
     group.add_argument("--restart-after", type=arguments.integer(0), default=20, metavar="STEPS",
                        help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
+    group.add_argument("--levels", type=arguments.levels, default=arguments.LEVELS, metavar="L,L,...",
+                       help=f"of fsq: to how many levels each number of a code is rounded {shown}")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=arguments.integer(1), default=128, metavar="N",
@@ -86,7 +94,9 @@ def check_arguments(parser, args):
 if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
+import inspect
 import json
+import math
 import os
 import re
 import time
@@ -109,6 +119,7 @@ from utils.memory import images_that_fit
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything
 from utils.trainer import Trainer
+from vector_quantizer import QUANTIZERS
 
 SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
@@ -165,8 +176,30 @@ def log_epoch(trainer, epoch, test_losses, test_counts, shown):
 def hparams(args):
     """The arguments that a run's figures depend on."""
     left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "keep_every",
-                "compile")
+                "compile", *set(QUANTIZER_ARGUMENTS) - quantizer_settings(args).keys())
     return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+# ---------------------------------------------------------------- the quantizer
+
+def quantizer_settings(args):
+    """{name: value} of the QUANTIZER_ARGUMENTS that the constructor of the quantizer has."""
+    names = inspect.signature(QUANTIZERS[args.quantizer]).parameters
+    return {name: getattr(args, name) for name in QUANTIZER_ARGUMENTS if name in names}
+
+
+def check_quantizer_arguments(parser, args, argv):
+    """End with an error if the quantizer has no such argument as one given. With levels, K becomes their product."""
+    given, settings = parser.given_arguments(argv), quantizer_settings(args)
+    for name in QUANTIZER_ARGUMENTS:
+        if name in given and name not in settings:
+            parser.error(f"{cli.flag_name(name)} {given[name]}: --quantizer {args.quantizer} has no such setting, "
+                         "leave it out")
+    if "levels" in settings:
+        K = math.prod(map(int, args.levels.split(",")))
+        if given.get("k", K) != K:
+            parser.error(f"--k {args.k} contradicts --levels {args.levels}, which make {K} codes: leave --k out")
+        args.k = K
 
 
 # ---------------------------------------------------------------- data, model, optimizer
@@ -206,8 +239,7 @@ def build_trainer(args, files, batches, saved=None):
     set_deterministic(args.device)
     seed_everything(args.seed)
     config = {"channels": batches.train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
-              "downsample": args.downsample, "codebook_update": args.codebook_update,
-              "codebook_init": args.codebook_init, "restart_after": args.restart_after}
+              "downsample": args.downsample, "quantizer": args.quantizer, **quantizer_settings(args)}
     metadata = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
                 "dataset": data.describe(args.dataset, args.data_folder, batches.train_set)}
     if saved:
@@ -331,8 +363,10 @@ def run(args, parser, argv):
 
 
 def main(argv=None):
-    parser = get_parser()
+    parser = get_parser(QUANTIZERS)
     args = parser.parse_args(argv)
+    if not args.resume:                 # else they are those of the run
+        check_quantizer_arguments(parser, args, argv)
     with parser.bad_input_in_one_line(), distributed.process_group():
         run(args, parser, argv)
 

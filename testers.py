@@ -20,6 +20,7 @@ def get_parser():
 if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
+import math
 import sys
 import traceback
 from functools import partial
@@ -29,7 +30,7 @@ import torch
 
 from modules import ResidualBlock, VectorQuantizedVAE, vqvae_losses
 from utils import inputs
-from vector_quantizer import VectorQuantizer, vq, vq_st
+from vector_quantizer import FiniteScalarQuantizer, VectorQuantizer, vq, vq_st
 
 
 def float64_distances(inputs, codebook):
@@ -187,6 +188,28 @@ def test_quantizer_maps_each_latent_to_its_nearest_code(device="cpu"):
     expected = (out.z_q.cpu().double() - z_e.cpu().double()).square().mean().item()
     assert abs(out.codebook_loss.item() - expected) < 1e-7
     assert abs(out.commitment_loss.item() - expected) < 1e-7
+    assert torch.equal(quantizer.lookup(out.indices), out.z_q)
+
+
+def test_fsq_rounds_each_number_to_one_of_its_levels(device="cpu"):
+    torch.manual_seed(0)
+    quantizer = FiniteScalarQuantizer(8 * 5 * 2, 6, "8,5,2").to(device)
+    z_e = 5 * torch.randn(2, 6, 3, 4, device=device)
+    out = quantizer(z_e)
+    linear = {name: value.cpu().double() for name, value in quantizer.state_dict().items()}
+    for b in range(2):
+        for i in range(3):
+            for j in range(4):
+                numbers = linear["project_in.weight"] @ z_e[b, :, i, j].cpu().double() + linear["project_in.bias"]
+                index, place, code = 0, 1, []
+                for number, L in zip(numbers.tolist(), (8, 5, 2)):
+                    half, offset = (L - 1) * 0.999 / 2, 0.5 if L % 2 == 0 else 0
+                    level = round(math.tanh(number + math.tan(offset / half)) * half - offset)
+                    index, place = index + (level + L // 2) * place, place * L
+                    code.append(level / (L // 2))
+                expected = linear["project_out.weight"] @ torch.tensor(code).double() + linear["project_out.bias"]
+                assert out.indices[b, i, j] == index
+                assert torch.allclose(out.z_q[b, :, i, j].cpu().double(), expected, atol=1e-6)
     assert torch.equal(quantizer.lookup(out.indices), out.z_q)
 
 

@@ -17,6 +17,7 @@ drawn. Nothing outside of this file uses anything else of a quantizer. The quant
 another rank than 4, as (..., D) with indices (...); those of rank 4 are always (B, D, h, w).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ LAPLACE = 1e-5              # ε of the smoothed cluster sizes; not in the paper
 INTEGERS = torch.uint8, torch.int16, torch.int32, torch.int64       # types of indices
 CODEBOOK_UPDATES = ("gradient", "ema")
 CODEBOOK_INITS = ("kmeans", "uniform")
+MAX_FSQ_CODES = 2**20
 
 
 class Quantized(NamedTuple):
@@ -330,5 +332,61 @@ def _gather_rows(flat, positions, rows):
     return _all_reduce_sum(torch.where(own, flat[images // world_size * positions + rows % positions], 0))
 
 
-# The quantizers of modules.VectorQuantizedVAE, by name.
-QUANTIZERS = {"vq": VectorQuantizer}
+# ---------------------------------------------------------------- finite scalar quantization
+
+class FiniteScalarQuantizer(nn.Module):
+    """FSQ (Mentzer et al. 2023, arXiv:2309.15505): d numbers, each bounded and rounded to one of its levels.
+
+    levels: the numbers of levels L_1,…,L_d as text, such as "8,8,8"; their product is num_codes. Linear maps take the
+    latent to the d numbers and back, and are all that is learned: there is no codebook to keep alive, and both losses
+    are zero. Shapes are those of VectorQuantizer. Raises ValueError for other levels or another num_codes.
+    """
+
+    def __init__(self, num_codes, dim, levels="8,8,8"):
+        super().__init__()
+        try:
+            sizes = [int(size) for size in str(levels).split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 2 or math.prod(sizes) > MAX_FSQ_CODES:
+            raise ValueError(f"levels {levels!r} are not integers from 2 on, such as 8,8,8, with a product of up to "
+                             f"{MAX_FSQ_CODES:,}")
+        if num_codes != math.prod(sizes):
+            raise ValueError(f"num_codes {num_codes} is not {math.prod(sizes)}, the product of the levels {levels}")
+        self.num_codes, self.dim = num_codes, dim
+        self.project_in, self.project_out = nn.Linear(dim, len(sizes)), nn.Linear(len(sizes), dim)
+        place_values = [math.prod(sizes[:i]) for i in range(len(sizes))]              # 1, L_1, L_1·L_2, …
+        self.register_buffer("levels", torch.tensor(sizes), persistent=False)         # (d,)
+        self.register_buffer("place_values", torch.tensor(place_values), persistent=False)
+
+    def forward(self, z_e):
+        flat, shape = _to_rows(z_e, self.dim)                         # (N, D)
+        with torch.autocast(flat.device.type, enabled=False):         # in the dtype of the weights
+            bounded = self._bound(self.project_in(flat.to(self.project_in.weight.dtype)))     # (N, d)
+        rounded = bounded.round()
+        indices = ((rounded.nan_to_num().long() + self.levels // 2) * self.place_values).sum(dim=1)   # mixed radix
+        z_q = self._project_out(straight_through(bounded, rounded.detach()), shape)
+        return Quantized(z_q, indices.view(shape), z_q.new_zeros(()), z_q.new_zeros(()))
+
+    def encode(self, z_e):
+        return self(z_e).indices
+
+    def lookup(self, indices):
+        indices = check_indices(indices, self.num_codes)
+        rounded = indices.reshape(-1, 1) // self.place_values % self.levels - self.levels // 2        # (N, d)
+        return self._project_out(rounded.to(self.project_out.weight.dtype), indices.shape)
+
+    def _bound(self, z):
+        """z (N, d), bounded so that number i rounds to the L_i integers from −⌊L_i/2⌋ on; near 0 for z = 0."""
+        half = (self.levels.to(z.dtype) - 1) * (1 - 1e-3) / 2
+        offset = (1 - self.levels % 2) / 2                            # an even number of levels is not symmetric
+        return torch.tanh(z + torch.tan(offset / half)) * half - offset
+
+    def _project_out(self, rounded, shape):
+        """The codes of integers (N, d), which are scaled to [−1, 1]."""
+        with torch.autocast(rounded.device.type, enabled=False):
+            return _from_rows(self.project_out(rounded / (self.levels // 2)), shape)
+
+
+# The quantizers that VQ-VAE.py --quantizer chooses from, by name.
+QUANTIZERS = {"vq": VectorQuantizer, "fsq": FiniteScalarQuantizer}

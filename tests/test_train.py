@@ -318,7 +318,7 @@ def test_mnist_files_train_with_the_published_flags(mnist_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     contents = checkpoint.load(tmp_path / "models" / "a" / "b" / "best.pt")
     assert contents["dataset"] == {"name": "MNIST", "shape": [1, 28, 28]}
-    assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32, "downsample": 4,
+    assert contents["config"] == {"channels": 1, "hidden_size": 16, "num_codes": 32, "downsample": 4, "quantizer": "vq",
                                   "codebook_update": "gradient", "codebook_init": "uniform", "restart_after": 20}
     assert contents["step"] == 6
     run = events(tmp_path / "logs" / "a" / "b")

@@ -56,6 +56,11 @@ class Parser(argparse.ArgumentParser):
             if value != self.get_default(name):
                 self.error(f"{flag_name(name)}{'' if value is True else f' {value}'}: {reason}")
 
+    def given_arguments(self, argv):
+        """{name: value} of the arguments in argv alone, without defaults."""
+        defaults = argparse.Namespace(**{action.dest: self for action in self._actions})       # self marks "not given"
+        return {name: value for name, value in vars(self.parse_args(argv, defaults)).items() if value is not self}
+
     def resumed_arguments(self, args, argv, saved):
         """The arguments of a resumed run: those in its checkpoint, but for changeable ones that are given anew.
 
@@ -66,14 +71,13 @@ class Parser(argparse.ArgumentParser):
                 pass
             case _:
                 raise ValueError("it holds a model, but not what is needed to resume its training")
-        not_given = object()
-        given = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), not_given))))
+        given = self.given_arguments(argv)
         for action in self._actions:
             name, flag = action.dest, action.option_strings[0]
-            if name in RUN_NAME_ARGUMENTS or (name in CHANGEABLE_ARGUMENTS and given[name] != not_given):
+            if name in RUN_NAME_ARGUMENTS or (name in CHANGEABLE_ARGUMENTS and name in given):
                 continue
             if settings.get(name) is None:
-                if given[name] not in (not_given, None, self.get_default(name)):
+                if given.get(name) not in (None, self.get_default(name)):
                     raise ValueError(f"{flag} {given[name]} contradicts the run, which was started without {flag}")
                 continue
             if not isinstance(settings[name], bool if action.nargs == 0 else int | float | str):
@@ -83,7 +87,7 @@ class Parser(argparse.ArgumentParser):
                 self._check_value(action, value)        # argparse's own, of choices
             except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
                 raise ValueError(f"the run's {flag}: {error}") from error
-            if given[name] not in (not_given, value):
+            if given.get(name, value) != value:
                 free = ", ".join(flag_name(name) for name in CHANGEABLE_ARGUMENTS if hasattr(args, name))
                 raise ValueError(f"{flag} {given[name]} contradicts the run, which has {flag} {value}: leave it out; "
                                  f"what may change is {free}")
