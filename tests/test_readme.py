@@ -198,12 +198,12 @@ def test_every_tensorboard_tag_is_documented(trained):
 # ---------------------------------------------------------------- the Python snippets
 
 def test_every_python_snippet_has_a_test():
-    first, second = code_blocks("python")
-    assert "data.load" in first and "codes.npz" in second
+    first, second, third = code_blocks("python")            # the third in test_quantizers.py
+    assert "data.load" in first and "codes.npz" in second and "class SignQuantizer" in third
 
 
 def test_python_snippet_runs(monkeypatch):
-    snippet, _ = code_blocks("python")
+    snippet, *_ = code_blocks("python")
     monkeypatch.chdir(ROOT)
     names = {}
     exec(snippet, names)
@@ -211,7 +211,7 @@ def test_python_snippet_runs(monkeypatch):
 
 
 def test_python_snippet_that_reads_codes_runs(tmp_path, monkeypatch):
-    _, snippet = code_blocks("python")
+    _, snippet, _ = code_blocks("python")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "codes.md").read_text()
     command = next(block for block in code_blocks("shell", page) if "--output codes.npz" in block)
