@@ -1,0 +1,310 @@
+"""Quantizers side by side, with one network, one data set and one budget of bits: python3 benchmarks/quantizers.py
+
+For each quantizer a few learning rates with few epochs; with the best of them, by the error on 1,000 training images,
+a training for each seed and a short prior for the first one; then the seconds of a step. It takes hours. Interrupted,
+the same command goes on where it was. All is in --folder: the runs, and results.json with what has been measured.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+if __name__ == "__main__":
+    from utils import startup
+    startup.prepare()
+
+from utils import arguments, cli
+
+# Of each quantizer the flags of VQ-VAE.py.
+OWN = {
+    "published codebook": "--codebook-init uniform --restart-after 0",
+    "without restarts": "--restart-after 0",
+    "without K-means": "--codebook-init uniform",
+    "VQ, gradient": "",
+    "VQ, EMA": "--codebook-update ema",
+    "FSQ": "--quantizer fsq --levels 8,8,8",
+}
+ADAPTED = {                     # of vector-quantize-pytorch
+    "VQ, cosine similarity": "--quantizer cosine",
+    "VQ, rotation trick": "--quantizer rotation",
+    "SimVQ": "--quantizer simvq",
+    "LFQ": "--quantizer lfq",
+    "residual VQ, 16 × 32": "--quantizer residual",
+}
+NAMES = *OWN, *ADAPTED
+
+
+def get_parser():
+    parser = cli.Parser(description=__doc__)
+    shown = "(default: %(default)s)"
+    parser.add_argument("names", nargs="*", type=arguments.one_of(*NAMES), metavar="NAME",
+                        help=f"{'; '.join(NAMES)} (default: all of them)")
+    parser.add_argument("--data-folder", type=Path, default=Path("MNIST"), metavar="PATH",
+                        help=f"where the complete MNIST is, or is downloaded to once {shown}")
+    parser.add_argument("--folder", type=Path, default=Path("quantizers"), metavar="PATH",
+                        help=f"where the runs and results.json are kept {shown}")
+    parser.add_argument("--rates", nargs="+", type=arguments.number(above=0), default=[5e-4, 1e-3, 2e-3, 4e-3],
+                        metavar="RATE", help="learning rates to choose from (default: 5e-4 1e-3 2e-3 4e-3)")
+    parser.add_argument("--rate-epochs", type=arguments.integer(1), default=2, metavar="N",
+                        help=f"epochs of a training that only compares rates {shown}")
+    parser.add_argument("--num-epochs", type=arguments.integer(1), default=10, metavar="N",
+                        help=f"epochs of the trainings that are reported {shown}")
+    parser.add_argument("--seeds", type=arguments.integer(1), default=3, metavar="N",
+                        help=f"trainings that are reported, with the seeds 0, 1, … {shown}")
+    parser.add_argument("--prior-epochs", type=arguments.integer(1), default=4, metavar="N",
+                        help=f"epochs of a prior {shown}")
+    parser.add_argument("--dataset", type=arguments.one_of(*arguments.DIGIT_SETS), default="MNIST", metavar="NAME",
+                        help=f"{', '.join(arguments.DIGIT_SETS)} {shown}")
+    parser.add_argument("--processes", type=arguments.integer(1), default=1, metavar="N",
+                        help=f"trainings at the same time, of one thread each {shown}")
+    return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from threading import Lock
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+from metrics import evaluate
+from modules import VectorQuantizedVAE, vqvae_losses
+from utils import files
+from utils.memory import images_that_fit
+
+# The same for all: the network and batches of the defaults, K = 512, 9 bits a code.
+TRAINING = "--batch-size 128 --hidden-size 40 --k 512 --beta 0.25 --lr-schedule cosine"
+PRIOR = "--layers 2 --width 96 --heads 4 --shift 0 --batch-size 64 --lr 4e-3 --sample-every 0"
+WARM_UP_STEPS, TIMED_STEPS, TIMED_ROUNDS = 3, 10, 5
+MEASURED = "mse", "perplexity", "codes_used"
+
+
+# ---------------------------------------------------------------- a training, a prior
+
+def run_script(folder, words):
+    """Run a script of this repository in a folder, with one thread, and the quantizers of the library if it is there.
+
+    Raises ValueError with its last line if it fails.
+    """
+    runner = [] if not has_library() else [ROOT / "benchmarks" / "quantizer_adapters.py"]
+    script = words[0] if runner else ROOT / words[0]
+    with open(folder / f"output-{log_name(words)}.txt", "a") as output:
+        code = subprocess.run([sys.executable, *runner, script, *map(str, words[1:])], cwd=folder, stdout=output,
+                              stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        last = Path(output.name).read_text().strip().splitlines()[-1]
+        raise ValueError(f"{words[0]}: {last} (all of it is in {output.name})")
+
+
+def log_name(words):
+    """A file name for the output of a command: the run's."""
+    return next(re.sub(r"\W+", "-", str(word)) for flag, word in pairwise(words)
+                if flag in ("--output-folder", "--model"))
+
+
+def has_library():
+    try:
+        return bool(version("vector-quantize-pytorch"))
+    except PackageNotFoundError:
+        return False
+
+
+def train(args, name, rate, epochs, seed):
+    """Train a VQ-VAE, or go on with it. → the path of its model after the last epoch"""
+    run = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{rate:g}-{epochs}-{seed}"
+    folder = args.folder / "models" / run
+    model = folder / f"model_{epochs}.pt"
+    if not model.exists():
+        flags = ["--dataset", args.dataset, "--data-folder", args.data_folder.resolve(), *TRAINING.split(),
+                 *{**OWN, **ADAPTED}[name].split(), "--lr", rate, "--num-epochs", epochs, "--seed", seed,
+                 "--keep-every", epochs, "--save-every", 200]
+        is_begun = (folder / "last.pt").exists()
+        run_script(args.folder, ["VQ-VAE.py", "--output-folder", run, *(["--resume"] if is_begun else flags)])
+    return model
+
+
+@torch.no_grad()
+def error_on_training_images(path):
+    """The MSE on 1,000 digits of MNIST's training set: what a learning rate is chosen by."""
+    model, _ = checkpoint.load_model(path)
+    _, images = data.load("MNIST-10k", "")
+    losses, _ = evaluate(model, data.batches(images, images_that_fit(28, 28, model.quantizer.dim)), "cpu")
+    return losses.reconstruction
+
+
+def figures(path):
+    """{name: value} of MEASURED for the last epoch of a run, from its model and its track."""
+    columns, *_, last = (path.parent / "track.txt").read_text().splitlines()
+    row = dict(zip(columns.split(), last.split()))
+    return dict(zip(MEASURED, (checkpoint.load(path)["test"]["reconstruction"], float(row["perplexity"]),
+                               int(row["used"]))))
+
+
+def train_prior(args, path):
+    """Train a short prior on a model's codes, or go on with it. → its test nats a map, and bits per dimension"""
+    words = ["train_prior.py", "--model", path.relative_to(args.folder), "--data-folder", args.data_folder.resolve()]
+    last = path.with_name("prior-last.pt")
+    if not last.exists():
+        run_script(args.folder, [*words, *PRIOR.split(), "--num-epochs", args.prior_epochs, "--save-every", 200])
+    elif checkpoint.load_prior(last, path)[1]["epoch"] < args.prior_epochs:
+        run_script(args.folder, [*words, "--resume"])
+    prior, contents = checkpoint.load_prior(path.with_name("prior.pt"), path)
+    return {"nats_per_map": contents["test"]["nats_per_code"] * prior.height * prior.width,
+            "bits_per_dimension": contents["test"]["bits_per_pixel"]}
+
+
+# ---------------------------------------------------------------- the seconds of a step
+
+def seconds_of_steps(names):
+    """{name: median seconds of a training step}: all take turns in this process, with one thread."""
+    script = cli_script()
+    torch.set_num_threads(1)
+    x = data.to_model_range(data.load("MNIST-10k", "")[0][:128][0])
+    steps, seconds = {}, {name: [] for name in names}
+    for name in names:
+        args = script.get_parser().parse_args([*TRAINING.split(), *{**OWN, **ADAPTED}[name].split()])
+        torch.manual_seed(0)
+        model = VectorQuantizedVAE(1, args.hidden_size, args.k, quantizer=args.quantizer,
+                                   **script.quantizer_settings(args)).to(memory_format=torch.channels_last)
+        steps[name] = model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    for number in range(1 + TIMED_ROUNDS):
+        for name, (model, optimizer) in steps.items():
+            for _ in range(TIMED_STEPS if number else WARM_UP_STEPS):
+                start = time.perf_counter()
+                optimizer.zero_grad()
+                vqvae_losses(x, model(x), 0.25).total.backward()
+                optimizer.step()
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def cli_script():
+    """VQ-VAE.py as a module."""
+    from timed_trainers import load_script
+
+    return load_script()
+
+
+# ---------------------------------------------------------------- everything
+
+class Results:
+    """What has been measured so far, in a file that holds it after every measurement.
+
+    rates: {name: {rate: error}}; seeds: {name: {seed: figures}}; prior: {name: figures}; seconds: {name: seconds}.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.lock = path, Lock()
+        self.contents = json.loads(path.read_text()) if path.exists() else {
+            "settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}}
+        if self.contents["settings"] != settings:
+            raise ValueError(f"{path} holds results of other settings ({self.contents['settings']}): choose another "
+                             "--folder")
+
+    def __getitem__(self, part):
+        return self.contents[part]
+
+    def add(self, part, name, value, key=None):
+        with self.lock:
+            if key is None:
+                self[part][name] = value
+            else:
+                self[part].setdefault(name, {})[str(key)] = value
+            text = json.dumps(self.contents, indent=1, ensure_ascii=False) + "\n"
+            files.write_atomically(self.path, text.encode())
+
+    def best_rate(self, name):
+        return float(min(self["rates"][name], key=self["rates"][name].get))
+
+
+def run_all(tasks, args, description):
+    """Call functions, args.processes at a time, under a progress bar. The first error ends it."""
+    with ThreadPoolExecutor(args.processes) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=description, leave=False, disable=None):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measure(args, names, results):
+    def compare(name, rate):
+        results.add("rates", name, error_on_training_images(train(args, name, rate, args.rate_epochs, 0)), rate)
+
+    def report(name, seed):
+        path = train(args, name, results.best_rate(name), args.num_epochs, seed)
+        results.add("seeds", name, figures(path), seed)
+        if not seed:
+            results.add("prior", name, train_prior(args, path))
+
+    run_all([lambda name=name, rate=rate: compare(name, rate) for name in names for rate in args.rates
+             if str(rate) not in results["rates"].get(name, {})], args, "learning rates")
+    run_all([lambda name=name, seed=seed: report(name, seed) for seed in range(args.seeds) for name in names
+             if str(seed) not in results["seeds"].get(name, {}) or (not seed and name not in results["prior"])],
+            args, "trainings")
+    if missing := [name for name in names if name not in results["seconds"]]:
+        for name, seconds in seconds_of_steps(missing).items():
+            results.add("seconds", name, seconds)
+
+
+def table(names, results):
+    """The results as lines of Markdown."""
+    lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name in names:
+        rows, prior = list(results["seeds"][name].values()), results["prior"][name]
+        errors, perplexities, used = ([row[key] for row in rows] for key in MEASURED)
+        spread = f" ± {(max(errors) - min(errors)) / 2:.5f}" if len(errors) > 1 else ""
+        lines.append(f"| {name} | {results.best_rate(name):g} | {statistics.mean(errors):.5f}{spread} "
+                     f"| {statistics.mean(perplexities):.0f} | {statistics.mean(used):.0f} "
+                     f"| {prior['nats_per_map']:.1f} | {prior['bits_per_dimension']:.4f} "
+                     f"| {1000 * results['seconds'][name]:.1f} |")
+    return "\n".join(lines)
+
+
+def run(args):
+    names = args.names or list(NAMES)
+    if has_library():
+        import quantizer_adapters  # adds its quantizers to QUANTIZERS
+        assert quantizer_adapters
+    elif left_out := [name for name in names if name in ADAPTED]:
+        print(f"Left out, since they need pip install -r benchmarks/requirements.txt: {'; '.join(left_out)}",
+              file=sys.stderr)
+        names = [name for name in names if name not in ADAPTED]
+    with cli.errors_name_flag("--folder", args.folder), files.locked_folder(args.folder, "--folder"):
+        settings = {"training": TRAINING, "prior": PRIOR, "dataset": args.dataset, "rate_epochs": args.rate_epochs,
+                    "num_epochs": args.num_epochs, "prior_epochs": args.prior_epochs}
+        results = Results(args.folder / "results.json", settings)
+        results.contents["machine"] = (f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one "
+                                       f"thread, {args.processes} at a time")
+        measure(args, names, results)
+    print(f"{table(names, results)}\n\nTest MSE: the mean over {args.seeds} seeds, ± half the range. "
+          f"All of it is in {results.path}.")
+
+
+def main(argv=None):
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    with parser.bad_input_in_one_line():
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
