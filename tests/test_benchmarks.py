@@ -1,19 +1,23 @@
 """benchmarks/: the baselines compute the same as this repository, and the script measures and reports."""
 
+import functools
 import json
+import math
 import operator
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, expect_usage_error
+from helpers import ROOT, expect_usage_error, run_script
 
 import checkpoint
 import data
+from metrics import evaluate
 from vector_quantizer import VectorQuantizer
 
 sys.path.append(str(ROOT / "benchmarks"))
 import baseline
+import quantizers
 import speed
 
 
@@ -95,3 +99,64 @@ def test_worker_measures_in_a_separate_process():
 ])
 def test_bad_input_gets_a_one_line_error(arguments, words, capsys):
     assert words in expect_usage_error("benchmarks/speed.py", arguments, capsys)
+
+
+def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def run(folder, words, stop_at=None):
+        commands.append(" ".join(map(str, words)))
+        if len(commands) == stop_at:
+            raise KeyboardInterrupt
+        result = run_script(*words, cwd=folder)
+        assert result.returncode == 0, result.stderr
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantizers, "TRAINING", "--batch-size 600 --hidden-size 4 --k 512 --lr-schedule cosine")
+    monkeypatch.setattr(quantizers, "PRIOR", "--layers 1 --width 12 --shift 0 --batch-size 600")
+    monkeypatch.setattr(quantizers, "TIMED_ROUNDS", 1)
+    flags = ["FSQ", "--dataset", "MNIST-10k", "--rates", "1e-3", "8e-3", "--rate-epochs", "1", "--num-epochs", "1",
+             "--seeds", "2", "--prior-epochs", "1"]
+    monkeypatch.setattr(quantizers, "run_script", functools.partial(run, stop_at=2))
+    with pytest.raises(SystemExit):
+        quantizers.main(flags)
+    assert list(json.loads((tmp_path / "quantizers" / "results.json").read_text())["rates"]["FSQ"]) == ["0.001"]
+    monkeypatch.setattr(quantizers, "run_script", run)
+    for _ in range(2):                          # the second time nothing is left to do
+        quantizers.main(flags)
+        # Two rates, of which one is trained again after the interruption; the model of seed 0 is that of the best rate.
+        assert len(commands) == 5 and [words.split()[0] for words in commands[3:]] == ["train_prior.py", "VQ-VAE.py"]
+    results = json.loads((tmp_path / "quantizers" / "results.json").read_text())
+    assert results["rates"]["FSQ"]["0.008"] < results["rates"]["FSQ"]["0.001"]
+    model, _ = checkpoint.load_model(tmp_path / "quantizers" / "models" / "fsq-0.008-1-0" / "model_1.pt")
+    assert (model.quantizer.num_codes, len(model.quantizer.levels)) == (512, 3)
+    losses, counts = evaluate(model, data.batches(data.load("MNIST-10k", "")[1], 500), "cpu")
+    first = results["seeds"]["FSQ"]["0"]
+    assert first["mse"] == pytest.approx(losses.reconstruction, rel=1e-4)
+    assert abs(first["codes_used"] - (counts > 0).sum()) <= 2
+    errors = [seed["mse"] for seed in results["seeds"]["FSQ"].values()]
+    assert f"| FSQ | 0.008 | {sum(errors) / 2:.5f} ± {abs(errors[0] - errors[1]) / 2:.5f} |" in capsys.readouterr().out
+    nats, bits = results["prior"]["FSQ"].values()
+    assert bits == pytest.approx(nats / math.log(2) / 784) and 0 < nats < 49 * math.log(512) * 1.1
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        quantizers.main([*flags, "--num-epochs", "2"])
+    assert "--folder quantizers: quantizers/results.json holds results of other settings" in capsys.readouterr().err
+
+
+def test_adapted_quantizers_keep_the_contract():
+    pytest.importorskip("vector_quantize_pytorch", reason="pip install -r benchmarks/requirements.txt")
+    import quantizer_adapters
+
+    from modules import VectorQuantizedVAE
+
+    for name in ("cosine", "rotation", "simvq", "lfq", "residual"):
+        torch.manual_seed(0)
+        model = VectorQuantizedVAE(1, 16, 512, quantizer=name)          # which checks it
+        assert isinstance(model.quantizer, quantizer_adapters.Adapter)
+        model(torch.rand(8, 1, 28, 28)).reconstruction.square().mean().backward()
+        assert model.encoder[0].weight.grad.abs().sum() > 0, name
+        x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model.decode(model.encode(x)), model(x).reconstruction)
