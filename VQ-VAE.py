@@ -290,7 +290,7 @@ def check_folders(args, models, logs, last):
             files.check_writable(logs / "events")
 
 
-def begin(trainer, models, logs, last):
+def begin_run(trainer, models, logs, last):
     """Take over the run's folders, and write args.json."""
     args = trainer.args
     check_folders(args, models, logs, last)         # another run may have been faster
@@ -341,7 +341,7 @@ def run(args, parser, argv):
             trainer.choose_precision(lambda model, x: vqvae_losses(x, model(x), args.beta).total, (x,))
         if distributed.is_main_process():
             with cli.errors_name_flag("--output-folder", args.output_folder):
-                begin(trainer, models, logs, last)
+                begin_run(trainer, models, logs, last)
         described = (f"{args.dataset}: {trainer.num_images:,} images, {len(batches.test_set):,} to test"
                      if args.dataset != data.FOLDER else batches.train_set.description)
         print(f"Training on {described}, on {args.device}" + distributed.describe_processes()

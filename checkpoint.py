@@ -141,12 +141,12 @@ def _check_kind(contents, kind, name):
 
 
 def is_of_kind(kind, path):
-    """Whether the file at path is a checkpoint of a kind: "vqvae", "prior" or "classifier"."""
+    """Whether there is a checkpoint of a kind at path, of any format: "vqvae", "prior" or "classifier"."""
     try:
-        _check_kind(_read(path, "cpu")[0], kind, kind)
-    except ValueError:
+        contents = _read(path, "cpu")[0]
+    except (ValueError, FileNotFoundError):
         return False
-    return True
+    return isinstance(contents, dict) and contents.get("kind") == kind
 
 
 def load_model(path, device="cpu", hidden_size=None, num_codes=None):

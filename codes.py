@@ -63,7 +63,9 @@ def holds(array, path):
     try:
         with zipfile.ZipFile(path) as archive:
             return {f"{array}.npy", "model_sha256.npy"} <= set(archive.namelist())
-    except zipfile.BadZipFile:
+    except OSError:
+        raise
+    except Exception:                               # a damaged file can make zipfile raise anything
         return False
 
 

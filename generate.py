@@ -142,7 +142,7 @@ def report_light_backgrounds(images, path):
     if count:
         which = f"{count} of {len(images)} images in {path}" if path.is_dir() else path
         print(cli.printable(f"{which}: dark on a light background, while the model learned light on dark: try "
-                            "--invert"), file=sys.stderr)
+                            "--invert, with --overwrite or another --filename"), file=sys.stderr)
 
 
 def interleaved(originals, reconstructions):

@@ -52,8 +52,8 @@ def _emnist(split):
     classes = tuple(datasets.EMNIST.classes_split_dict[split])
     letters = split == "letters"        # its labels begin at 1, and torchvision names a class 0 that does not exist
     return _idx_source(datasets.EMNIST, [f"emnist-{split}-{part}" for part in ("train", "test")], upright=False,
-                options=tuple({"split": split, **option} for option in BOTH),
-                classes=classes[letters:], first=int(letters))
+                       options=tuple({"split": split, **option} for option in BOTH),
+                       classes=classes[letters:], first=int(letters))
 
 
 SOURCES = {
@@ -80,9 +80,11 @@ def load(name, folder):
     source = SOURCES[name]
     if not source.files[0].endswith("-ubyte"):
         return [_arrays(name, one) for one in _torchvision_sets(name, source, folder)]
-    # Where torchvision puts them, and where people do, under either of the names that they have on the web.
+    # Where torchvision puts them, or people do, under either of the names that they have on the web. Of the sets whose
+    # files have the same names, those directly in the folder are MNIST's.
+    folders = [folder / source.folder] + [folder] * (name == "MNIST" or source.files != SOURCES["MNIST"].files)
     places = [[place / (file.replace("-idx", ".idx") if dotted else file) for file in source.files]
-              for place in (folder / source.folder, folder) for dotted in (False, True)]
+              for place in folders for dotted in (False, True)]
     paths = next((paths for paths in places if all(path.is_file() for path in paths)), places[0])
     if not all(path.is_file() for path in paths):
         _torchvision_sets(name, source, folder)

@@ -10,7 +10,7 @@ from helpers import drop_capabilities, expect_usage_error, import_script, run_sc
 
 import checkpoint
 from prior import CodePrior
-from utils import inputs
+from utils import files, inputs
 
 BUNDLED = ("--dataset", "MNIST-10k")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
@@ -120,6 +120,13 @@ def test_choices_are_case_insensitive():
     assert train.parse_args(["--dataset", "mnist-10K", "--codebook-init", "UNIFORM"]).dataset == "MNIST-10k"
     for text, expected in (("mnist", "MNIST"), ("Random", "random"), ("RANDOM", "random")):
         assert generate.parse_args(["--model", "x", "--input", text]).input == expected
+
+
+def test_messages_keep_the_blanks_of_names_and_commands(folder, capsys):
+    line = expect_usage_error("generate.py", ["--model", "two  blanks\n  and lines/best.pt"], capsys)
+    assert "--model two  blanks and lines/best.pt: No such file" in line
+    assert files.command("generate.py", "--model", "-d/two  blanks.pt", "--input", "prior").endswith(
+        "generate.py --model './-d/two  blanks.pt' --input prior")
 
 
 # ---------------------------------------------------------------- data folders

@@ -139,12 +139,15 @@ def test_overwrite_replaces_only_files_of_the_same_kind(folder, capsys):
     (folder / "text.npz").write_text("mine")
     np.savez("images.npz", images=np.zeros(3), model_sha256="of an earlier model")
     np.savez("foreign.npz", images=np.zeros(3))             # a file of the user
+    future = bytearray(Path("images.npz").read_bytes())
+    future[future.index(b"PK\x01\x02") + 6] = 99            # needs a later version of the format
+    Path("future.npz").write_bytes(future)
     (folder / "folder").mkdir()
     before = snapshot(folder)
     encode_flags = ["--model", "model.pt", "--dataset", "MNIST-10k", "--part", "test"]
     assert "--output codes.npz: exists, replace it with --overwrite" in expect_usage_error(
         "codes.py", [*encode_flags, "--output", "codes.npz"], capsys)
-    for name in ("weights.npz", "text.npz", "images.npz", "model.pt"):
+    for name in ("weights.npz", "text.npz", "images.npz", "model.pt", "future.npz"):
         line = expect_usage_error("codes.py", [*encode_flags, "--output", name, "--overwrite"], capsys)
         assert f"--output {name}: exists and is not a file of indices" in line
     for name in ("folder", "text.npz/codes.npz"):

@@ -59,6 +59,15 @@ def test_files_that_were_put_there_by_hand_are_found(dot, place, tmp_path):
         assert torch.equal(part.images, other.images) and torch.equal(part.labels, other.labels)
 
 
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_mnist_files_are_not_taken_for_another_set_with_the_same_names(name, tmp_path, monkeypatch):
+    write_mnist(tmp_path, 60, 30)
+    monkeypatch.setattr(downloads, "_torchvision_sets", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    assert len(data.load("MNIST", tmp_path)[0]) == 60
+    with pytest.raises(OSError, match="no network"):
+        data.load(name, tmp_path)
+
+
 def test_emnist_letters_classes_are_the_alphabet(tmp_path):
     write_idx_set(tmp_path, "EMNIST-letters")
     train, _ = data.load("EMNIST-letters", tmp_path)

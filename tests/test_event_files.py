@@ -81,8 +81,18 @@ def test_clock_that_was_set_back_does_not_change_the_order(tmp_path, monkeypatch
     assert logged_steps(tmp_path) == [10, 20, 30, 40, 50] and len(list(tmp_path.iterdir())) == 5
 
 
+def test_no_file_takes_the_name_of_another_one(tmp_path):
+    """Names that differ in the time alone, as in a container, where host and process number are always the same."""
+    now = int(time.time())
+    for i, moment in enumerate((now - 10, now - 3, now + 500)):
+        path = write_run(tmp_path, [10 * (i + 1)])
+        path.rename(tmp_path / f"events.out.tfevents.{moment}.host.1.0")
+    event_files.truncate_logs(tmp_path, step=30, epoch=1)
+    assert logged_steps(tmp_path) == [10, 20, 30]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
-def test_other_programs_files_and_pipes_stay(tmp_path):
+def test_other_programs_files_and_pipes_stay(tmp_path, capsys):
     write_run(tmp_path)
     write_run(tmp_path, suffix=event_files.PRIOR_SUFFIX)
     write_run(tmp_path, suffix=event_files.CLASSIFIER_SUFFIX)
@@ -100,6 +110,8 @@ def test_other_programs_files_and_pipes_stay(tmp_path):
     event_files.truncate_logs(tmp_path, step=20, epoch=1)
     assert len(list(tmp_path.glob("events*"))) == 8
     event_files.remove_logs(tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "events.out.tfevents.1.empty.0 cannot be read, and stays" in error
     left = set(tmp_path.glob("events*")) - kept
     assert len(left) == 1 and next(iter(left)).name.endswith(event_files.CLASSIFIER_SUFFIX)
     assert {path: path.read_bytes() for path in contents} == contents

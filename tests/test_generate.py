@@ -90,7 +90,8 @@ def test_inverted_drawing_is_reconstructed_as_the_digit(folder):
     assert not error
     inverted, error = reconstruct("drawing.png", "--invert")
     assert not error and np.array_equal(inverted, plain)
-    hint = "dark on a light background, while the model learned light on dark: try --invert\n"
+    hint = ("dark on a light background, while the model learned light on dark: try --invert, with --overwrite or "
+            "another --filename\n")
     unchanged, error = reconstruct("drawing.png")
     assert error == f"drawing.png: {hint}" and not np.array_equal(unchanged, plain)
     assert reconstruct("mixed")[1] == f"2 of 3 images in mixed: {hint}"

@@ -188,7 +188,78 @@ def test_run_that_was_killed_while_it_replaced_another_is_finished_by_resume(fol
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("name", ["best.pt", "track.txt", "model_9.pt", "prior.pt"])
+def test_folder_with_a_name_of_the_run_is_noticed_before_anything_is_replaced(name, folder, trained, capsys):
+    for part in ("models", "logs"):
+        shutil.copytree(trained / part, folder / part)
+    (folder / "models" / "run" / name).unlink(missing_ok=True)
+    (folder / "models" / "run" / name).mkdir()
+    before = snapshot(folder)
+    with pytest.raises(SystemExit) as excinfo:
+        import_script("VQ-VAE.py").main([*DIGITS, "--output-folder", "run", "--hidden-size", "4", "--overwrite"])
+    assert excinfo.value.code == 2
+    assert f"--output-folder run: models/run/{name} is not a regular file" in capsys.readouterr().err
+    assert snapshot(folder) == before
+
+
+def test_link_to_nowhere_in_place_of_a_folder_is_named(folder, capsys):
+    (folder / "models").symlink_to("nowhere")
+    assert "--output-folder run: models is not a folder" in expect_usage_error(
+        "VQ-VAE.py", [*DIGITS, "--output-folder", "run"], capsys)
+
+
 # ---------------------------------------------------------------- the classifier's run
+
+def test_track_and_logs_of_a_former_classifier_are_kept(folder, capsys):
+    words, _, path = command("train_classifier.py")
+    import_script("train_classifier.py").main(words)
+    logs = list(Path("logs/new/x").iterdir())
+    path.rename("kept.pt")
+    path.with_name("x-last.pt").unlink()
+    capsys.readouterr()
+    assert "models/new/x-track.txt: exists" in expect_usage_error("train_classifier.py", words, capsys)
+    path.with_name("x-track.txt").write_text("my notes")
+    line = expect_usage_error("train_classifier.py", [*words, "--overwrite"], capsys)
+    assert "models/new/x-track.txt: exists and is not a track" in line
+    path.with_name("x-track.txt").unlink()
+    assert f"{logs[0]}: exists, replace it" in expect_usage_error("train_classifier.py", words, capsys)
+    assert list(Path("logs/new/x").iterdir()) == logs
+    import_script("train_classifier.py").main([*words, "--overwrite"])
+    assert path.is_file() and len(list(Path("logs/new/x").iterdir())) == 1
+
+
+def test_resumed_classifier_replaces_no_file_of_another_kind(folder, monkeypatch, capsys):
+    """Resumed without having moved away what has appeared, as the message asks for."""
+    words, _, path = command("train_classifier.py")
+    module = import_script("train_classifier.py")
+
+    def appear(*_):
+        path.write_bytes(b"a thesis")
+        return 0.5
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "test_accuracy", appear)
+        module.main(words)
+    resume = ["--resume", "--output", "new/x"]
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            import_script("train_classifier.py").main(resume)
+        assert "x.pt has appeared since the training began: move it away" in capsys.readouterr().err
+        assert path.read_bytes() == b"a thesis"
+    path.rename("thesis")
+    import_script("train_classifier.py").main(resume)
+    assert checkpoint.load_classifier(path)[1]["epoch"] == 1
+
+
+def test_temporary_files_of_other_commands_stay(folder):
+    words, _, path = command("train_classifier.py")
+    path.parent.mkdir(parents=True)
+    own, other = (path.with_name(f".{name}.123{files.TEMPORARY}") for name in ("x-last.pt", "y.npz"))
+    for temporary in (own, other):
+        temporary.write_bytes(b"half")
+    import_script("train_classifier.py").main(words)
+    assert other.is_file() and not own.exists()
+
+
 
 def test_classifier_resumes_bit_for_bit_and_is_locked(folder, mnist_folder, capsys):
     words = ["--data-folder", mnist_folder, "--batch-size", "50", "--num-epochs", "2"]

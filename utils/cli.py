@@ -5,6 +5,7 @@ Imports no torch, so that --help and a mistyped flag are answered at once.
 
 import argparse
 import os
+import re
 import signal
 from contextlib import contextmanager
 
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         """
         if report is None:
             report = startup.reports()
-        line = printable(" ".join(message.split()))
+        line = printable(re.sub(r"\s*\n\s*", " ", message.strip()))
         line = line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + " …"
         self.exit(2, f"{self.prog}: error: {line}\n" if report else None)
 

@@ -7,7 +7,6 @@ of a batch goes to process i % world_size, so that the batches of all processes 
 import gc
 import hashlib
 import os
-import shlex
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -133,13 +132,13 @@ def check_same_everywhere(*values):
 
 def launch_command(script, *arguments):
     """The command that starts a script in as many processes as this one runs in; for several machines, on each."""
-    launcher = ["python3"]
+    launcher = ("python3",)
     if world_size() > 1:
         launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))]
         if (machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
             launcher += ["--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint",
                          f"{os.environ['MASTER_ADDR']}:{RENDEZVOUS_PORT}"]
-    return shlex.join([*launcher, files.typed_path(script), *arguments])
+    return files.command(script, *arguments, launcher=launcher)
 
 
 # ---------------------------------------------------------------- errors

@@ -23,6 +23,7 @@ LOGGED_ONCE = "final/", "_hparams_/", CONFIG_SUMMARY_TAG
 # All tags but "lr" begin with one of these. They tell a training's files from those of other programs.
 OWN_TAGS = (*LOGGED_ONCE, "loss/train/", "loss/test/", "images/", "codebook/", "prior/", "classifier/")
 EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
+EVENT_FILES = "events.out.tfevents.*"
 FRAME = 16                      # bytes around each record of an event file: its length, and two checksums
 
 
@@ -31,10 +32,13 @@ def remove_logs(folder, suffix=""):
 
     Other files stay, those of other programs too.
     """
-    remove_temporary_files(folder)
+    remove_temporary_files(folder, EVENT_FILES)
+    own = own_files(folder, suffix)
     for path in event_files(folder, suffix):
-        if is_own(event for event, _ in read_events(path)):
+        if path in own:
             path.unlink()
+        elif not any(True for _ in first_events(path)):
+            print(f"{path} cannot be read, and stays: remove it if it is of a former run", file=sys.stderr)
     if not suffix:
         remove_logs(folder, PRIOR_SUFFIX)
         remove_projector(folder)
@@ -42,9 +46,21 @@ def remove_logs(folder, suffix=""):
 
 def event_files(folder, suffix=""):
     """The event files of trainings with this suffix, none for a VQ-VAE's, oldest first."""
-    files = [path for path in sorted(folder.glob("events.out.tfevents.*")) if path.is_file()]
+    files = [path for path in sorted(folder.glob(EVENT_FILES)) if path.is_file()]
     return [path for path in files
             if (path.name.endswith(suffix) if suffix else not path.name.endswith((PRIOR_SUFFIX, CLASSIFIER_SUFFIX)))]
+
+
+def own_files(folder, suffix=""):
+    """Those of event_files() that a training of this repository has written, as far as they can be read."""
+    return [path for path in event_files(folder, suffix) if is_own(first_events(path))]
+
+
+def first_events(path):
+    """The first events of a file, up to a damaged one."""
+    with suppress(ValueError):
+        for event, _ in islice(read_events(path), 20):
+            yield event
 
 
 def read_events(path):
@@ -70,11 +86,8 @@ def read_events(path):
 
 
 def is_own(events):
-    """Whether the first events of a file are those of a training of this repository. They may be damaged."""
-    tags = []
-    with suppress(ValueError):
-        for event in islice(events, 20):
-            tags += [value.tag for value in event.summary.value]
+    """Whether events are those of a training of this repository."""
+    tags = [value.tag for event in events for value in event.summary.value]
     return bool(tags) and all(tag == "lr" or tag.startswith(OWN_TAGS) for tag in tags)
 
 
@@ -95,7 +108,7 @@ def truncate_logs(folder, step, epoch, suffix=""):
     logged at the end of a run is removed too, and what open_writer() writes again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_temporary_files(folder)
+    remove_temporary_files(folder, EVENT_FILES)
     kept = []
     for path in event_files(folder, suffix):
         buffer, found, is_damaged = io.BytesIO(), [], False
@@ -130,7 +143,9 @@ def keep_in_order(paths):
     It goes by the time in their names, which is later than now if the clock has been set back.
     """
     now = int(time.time())
+    # Each new name is before all old ones, so that none is taken.
     times = [int(time_of[1]) for path in paths if (time_of := re.search(r"tfevents\.(\d+)\.", path.name))]
     if len(times) == len(paths) and max(times, default=0) >= now:
-        for path, earlier in zip(paths, range(now - len(paths), now)):
+        first = min(now, *times) - len(paths)
+        for earlier, path in enumerate(paths, first):
             path.rename(path.with_name(re.sub(r"(?<=tfevents\.)\d+", f"{earlier:010}", path.name, count=1)))

@@ -28,9 +28,15 @@ def typed_path(path):
     return min(str(ROOT / path), os.path.relpath(ROOT / path), key=len)
 
 
-def command(script, *words):
-    """The command line that runs a script of the repository from the present folder."""
-    return shlex.join(["python3", typed_path(script), *map(str, words)])
+def command(script, *words, launcher=("python3",)):
+    """The command line that runs a script of the repository from the present folder.
+
+    A value with a leading - , which would be taken for a flag, is a path and gets ./ before it.
+    """
+    words = [str(word) for word in words]
+    after_flag = [False, *(word.startswith("--") for word in words)]
+    words = ["./" + word if after and word[:1] == "-" != word[1:2] else word for after, word in zip(after_flag, words)]
+    return shlex.join([*launcher, typed_path(script), *words])
 
 
 def read_file(path):
@@ -62,10 +68,11 @@ def write_atomically(path, data, check=lambda: None):
         raise
 
 
-def remove_temporary_files(folder):
-    """Remove the temporary files that killed processes left in a folder."""
-    for path in folder.glob(f".*.[0-9]*{TEMPORARY}"):
-        path.unlink()
+def remove_temporary_files(folder, *names):
+    """Remove the temporary files of files with these names, or patterns of names, that killed processes have left."""
+    for name in names:
+        for path in folder.glob(f".{name}.[0-9]*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -149,7 +156,7 @@ def check_unused_folders(folders, overwrite):
         if folder.is_dir() and any(folder.iterdir()) and not overwrite:
             raise ValueError(f"{folder} holds a run already: choose another name, replace it with --overwrite, "
                              "or continue one that was interrupted with --resume")
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        existing = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is not a folder")
         if not os.access(existing, os.W_OK):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import checkpoint
 from utils import event_files, files, tensorboard_logs
 
+ADVICE = ", or continue one that was interrupted with --resume"
+
 
 class RunFiles(NamedTuple):
     """Where a training writes, and the command that resumes it."""
@@ -27,21 +29,34 @@ class RunFiles(NamedTuple):
         if resume and not self.last.is_file():
             raise ValueError(f"there is no {self.last} to --resume: start anew, with --overwrite if there is a {kind}")
         for path in () if resume else (self.best, self.last):
-            files.OutputFile(path, overwrite, f"a {kind}", partial(checkpoint.is_of_kind, kind),
-                             ", or continue one that was interrupted with --resume").check()
+            files.OutputFile(path, overwrite, f"a {kind}", partial(checkpoint.is_of_kind, kind), ADVICE).check()
+        if not resume:
+            files.OutputFile(self.track, overwrite, "a track", tensorboard_logs.is_track, ADVICE).check()
+        if not (resume or overwrite) and (logs := event_files.own_files(self.logs, self.log_suffix)):
+            raise ValueError(f"{logs[0]}: exists, replace it with --overwrite{ADVICE}")
         files.check_writable(self.best)
         files.check_writable(self.logs / "events")
 
-    def clear(self, state, former=()):
+    def check_regular(self, former=()):
+        """Raise ValueError if one of the run's paths, or of the `former` ones, is a folder, a device or a pipe."""
+        for path in (self.last, self.best, self.track, *former):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is not a regular file: move it away")
+
+    def clear(self, kind, state, resumed, former=()):
         """Remove what a former run has left: its files, besides those of RunFiles the `former` ones, and its logs.
 
-        Of a resumed run only the logs of what it does again. Other files stay. state: the TrainState, already saved.
+        Of a resumed run only the logs of what it does again, and a model of this kind that it has not written. Other
+        files stay. state: the TrainState, already saved.
         """
-        files.remove_temporary_files(self.last.parent)
+        names = [self.last.name, self.best.name, self.track.name] + ["model_*.pt", "args.json"] * bool(self.every_epoch)
+        files.remove_temporary_files(self.last.parent, *names)
         if state.step:
             event_files.truncate_logs(self.logs, state.step, state.epoch - 1, self.log_suffix)
         else:
-            for path in (self.best, *former):
+            if not resumed or checkpoint.is_of_kind(kind, self.best):
+                self.best.unlink(missing_ok=True)
+            for path in former:
                 path.unlink(missing_ok=True)
             event_files.remove_logs(self.logs, self.log_suffix)
         tensorboard_logs.write_track(self.track, state.track)

@@ -20,12 +20,12 @@ def reports():
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def exit_at_once(*_):
-    """A handler of SIGINT for a process that has no files open to close."""
+def exit_at_once(number, _frame):
+    """A handler of STOP_SIGNALS for a process that has no files open to close."""
     if reports():
         with suppress(OSError):
             os.write(2, f"\n{os.path.basename(sys.argv[0])}: interrupted\n".encode(errors="replace"))
-    os._exit(130)
+    os._exit(128 + number)
 
 
 def explain_lack_of_memory(kind, error, traceback):
@@ -47,7 +47,9 @@ def prepare():
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))       # noqa: SIM115
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, exit_at_once)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):      # nohup ignores SIGHUP
+                signal.signal(number, exit_at_once)
     sys.excepthook = explain_lack_of_memory
 
 
@@ -92,7 +94,7 @@ def as_exception():
     former = {}
     if signal.getsignal(signal.SIGINT) is exit_at_once:
         former = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS
-                  if signal.getsignal(number) in (exit_at_once, signal.SIG_DFL)}        # not those that nohup ignores
+                  if signal.getsignal(number) is exit_at_once}
     try:
         yield
     finally:

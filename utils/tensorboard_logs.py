@@ -83,6 +83,12 @@ def track_line(*values):
     return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
 
 
+def is_track(path):
+    """Whether the file at path is a text track."""
+    with open(path, "rb") as file:
+        return file.read(5) == b"epoch"
+
+
 def write_track(path, lines):
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 

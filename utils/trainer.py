@@ -63,11 +63,13 @@ class Trainer:
         """Take over the run's files: a new training is saved in place of a former one, whose other files then go.
 
         former: those that RunFiles does not name. If the first save fails, the former run is unchanged; once it has
-        succeeded, a training that is interrupted here goes on with what is left to do when it is resumed.
+        succeeded, a training that is interrupted here goes on with what is left to do when it is resumed. Raises
+        ValueError if one of these is no file.
         """
+        self.files.check_regular(former)
         if not self.args.resume:
             self.save_checkpoint()
-        self.files.clear(self.state, former)
+        self.files.clear(self.metadata["kind"], self.state, self.args.resume, former)
 
     @contextmanager
     def running(self):
@@ -151,7 +153,8 @@ class Trainer:
         Raises ValueError if another program has written a file there since the training began.
         """
         if distributed.is_main_process():
-            if path not in self.saved_models and not self.args.resume and path.exists():
+            if path not in self.saved_models and path.exists() and not (
+                    self.args.resume and checkpoint.is_of_kind(self.metadata["kind"], path)):
                 raise ValueError(f"{path} has appeared since the training began: move it away, then resume with: "
                                  f"{self.files.resume_command}")
             self.saved_models.add(path)
