@@ -184,7 +184,8 @@ def entry_damages(contents, rng):
     return {
         "other value": lambda: edited(paths, set_value),
         "other number": lambda: edited(number_paths, set_value),
-        "huge number": lambda: edited(number_paths, set_huge_number),
+        # A huge number of epochs is no damage: the run would take them.
+        "huge number": lambda: edited([path for path in number_paths if path[-1] != "num_epochs"], set_huge_number),
         "other tensor": lambda: edited(tensor_paths, change_tensor),
         "missing key": lambda: edited(paths, delete_key),
         "additional key": lambda: edited(paths, add_key),

@@ -142,7 +142,7 @@ def test_scripts_print_only_their_own_lines_about_a_thousand_odd_files(odd, tmp_
     shipped, *left_out, light = run("generate.py", "--input", folder, cwd=tmp_path)
     assert shipped.startswith("No --model given: ")
     assert all(line.startswith(f"left out: {folder}/") for line in left_out) and len(left_out) > 20
-    assert re.fullmatch(r"\d+ of 100 images in .*: dark on a light background, .* try --invert", light)
+    assert re.fullmatch(r"\d+ of 100 images in .*: dark on a light background, .* try --invert, with .*", light)
 
 
 def test_silence_needs_no_symbols_of_libtiff(monkeypatch):
