@@ -97,7 +97,6 @@ if __name__ == "__main__":
 import inspect
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Iterable
@@ -117,7 +116,7 @@ from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.memory import images_that_fit
 from utils.run_files import RunFiles
-from utils.train_state import check_metadata, seed_everything
+from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
 from vector_quantizer import QUANTIZERS
 
@@ -268,12 +267,6 @@ def make_schedule(name, optimizer, lr, steps):
     if name == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return lr_scheduler.ConstantLR(optimizer, factor=1)
-
-
-def set_deterministic(device):
-    if device.startswith("cuda"):       # on a CPU the same seed gives the same run as it is
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 # ---------------------------------------------------------------- the run's folders

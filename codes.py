@@ -123,12 +123,12 @@ def encode(model, dataset, args):
 
 
 @torch.no_grad()
-def decode(model, indices, device):
+def decode(model, indices):
     """Codes (N, h, w) of any integer type → uint8 images (N, C, H, W)."""
     images = []
     maps = torch.from_numpy(indices.astype(np.int32)).to(code_maps.smallest_type(model.quantizer.num_codes))
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        for batch in samples.decode_batches(model, maps, device):
+        for batch in samples.decode_batches(model, maps):
             images.append(data.to_bytes(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)
@@ -144,7 +144,7 @@ def run(args):
     if args.decode:
         with cli.errors_name_flag("--decode", args.decode):
             arrays = read_codes(args.decode, model, contents["sha256"])
-        arrays = {"images": decode(model, arrays["indices"], args.device), "labels": arrays["labels"],
+        arrays = {"images": decode(model, arrays["indices"]), "labels": arrays["labels"],
                   "model_sha256": contents["sha256"]}
         summary = f"{len(arrays['images']):,} images"
     else:

@@ -124,7 +124,7 @@ def measure_prior(model, prior, classifier, train_set, test_set, args):
         test_maps, train_maps = (
             code_maps.encode(model, data.batches(dataset, batch_size, None, args.num_workers), device, bar)
             for dataset in (test_set, train_set))
-    nats = nats_per_code(prior, test_maps, test_set.labels, device)
+    nats = nats_per_code(prior, test_maps, test_set.labels)
     measured = {"nats_per_code": nats, "samples_drawn": len(labels),
                 "bits_per_pixel": nats / math.log(2) * prior.height * prior.width / math.prod(test_set.shape),
                 "memorised": samples.memorised_share(sampled, train_maps)}
@@ -144,7 +144,7 @@ def measure_images(model, classifier, test_set, maps, args):
         real = samples.classify(classifier, (data.to_model_range(images, args.device) for images, _ in batches), bar)
         predictions = {"test_set": (real, test_set.labels)}
         for name, (indices, asked) in maps.items():
-            images = samples.decode_batches(model, indices, args.device)
+            images = samples.decode_batches(model, indices)
             predictions[name] = samples.classify(classifier, images, bar), asked
     return {name: {"recognised": (predicted.digits == asked).double().mean().item(),
                    "frechet": samples.frechet_distance(predicted.features, real.features)}

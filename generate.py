@@ -210,7 +210,7 @@ def generate(args):
         map_size = model.map_size(*contents["dataset"]["shape"][1:])
         maps = (sample_prior(model, contents, generator, args) if args.input == "prior" else
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
-        images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps, args.device)])
+        images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
     else:
         images = input_images(args, contents, path, generator)
         batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)

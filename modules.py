@@ -238,7 +238,8 @@ class VectorQuantizedVAE(nn.Module):
         """
         if indices.dim() != 3:
             raise ValueError(f"indices {tuple(indices.shape)} are not (B, h, w)")
-        return self.decoder(self.quantizer.lookup(check_indices(indices, self.quantizer.num_codes)))
+        indices = check_indices(indices.cpu(), self.quantizer.num_codes)
+        return self.decoder(self.quantizer.lookup(indices.to(next(self.parameters()).device)))
 
     def map_size(self, height, width):
         """(h, w) of the code map of images of (H, W) pixels. Raises ValueError if there is none."""

@@ -176,7 +176,6 @@ class CodePrior(nn.Module):
         self.tail.zero_()
         expected, observed = torch.zeros(2, len(self.tail), dtype=torch.float64)
         for map_batch, label_batch in zip(maps.split(batch_size), labels.split(batch_size)):
-            map_batch, label_batch = map_batch.to(self.tail.device), label_batch.to(self.tail.device)
             hidden = self._hidden(map_batch, label_batch, None)       # (B, T, E)
             for rows, codes in self._blocks_of_rows(hidden, map_batch):
                 logits = self._logits(rows)                           # (n, K)
@@ -184,7 +183,7 @@ class CodePrior(nn.Module):
                 sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
                 found = bins.gather(1, codes.unsqueeze(1)).flatten()
                 expected += sums.cpu()
-                observed += torch.bincount(found, minlength=len(self.tail)).cpu()
+                observed += torch.zeros_like(self.tail).index_add_(0, found, torch.ones_like(rows[:, 0]).float()).cpu()
         self.tail[1:] = ((observed + 0.5) / (expected + 0.5)).log()[1:].to(self.tail)
         self.train(was_training)
 
@@ -197,22 +196,31 @@ class CodePrior(nn.Module):
         return logits + self.tail.to(logits)[self._bins(logits)]
 
     def _condition(self, labels, shifts=None):
-        return (self.label_embedding(labels)                          # (B, E)
-                + self.shift_embedding(torch.zeros_like(labels) if shifts is None else shifts))
+        shifts = torch.zeros_like(labels) if shifts is None else shifts.to(labels.device)
+        return self.label_embedding(labels) + self.shift_embedding(shifts)            # (B, E)
 
     def _labels(self, labels, count):
         if labels is None:
             return torch.full((count,), self.num_classes, device=self.positions.device)
-        # Reading the values would break a compiled graph, whose embedding look-up raises for them anyway.
-        fit = torch.compiler.is_compiling() or not count or 0 <= labels.min() <= labels.max() <= self.num_classes
-        if labels.shape != (count,) or not fit:
+        if labels.shape != (count,) or not self._in_range(labels, self.num_classes + 1):
             raise ValueError(f"labels are ({count},) integers from 0 to {self.num_classes}, the last for none")
-        return labels
+        return labels.to(self.positions.device)
 
     def _flat(self, indices):
         if indices.dim() != 3 or indices.shape[1:] != (self.height, self.width):
             raise ValueError(f"code maps {tuple(indices.shape)} are not (B, {self.height}, {self.width})")
-        return indices.flatten(1).long()
+        if not self._in_range(indices, self.num_codes):
+            raise ValueError(f"codes {indices.min()} to {indices.max()} leave [0, {self.num_codes})")
+        return indices.to(self.positions.device).flatten(1).long()
+
+    def _in_range(self, values, size):
+        """Whether integers are in [0, size); those of a training step on a GPU are taken to be, or it would wait.
+
+        Nor are they read in a compiled graph, which that would break.
+        """
+        if torch.compiler.is_compiling() or (self.training and values.device.type != "cpu") or not values.numel():
+            return True
+        return 0 <= int(values.min()) <= int(values.max()) < size       # as Python integers: a uint8 tensor has no 256
 
 
 def sample_codes(logits, top_k=None, generator=None):

@@ -53,7 +53,7 @@ from utils import event_files, files, inputs, speed, tensorboard_logs
 from utils.distributed import launch_command
 from utils.memory import images_that_fit
 from utils.run_files import RunFiles
-from utils.train_state import check_metadata, seed_everything
+from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
 
 MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = math.radians(12), 0.1, 0.1      # radians, of the size, of half the width
@@ -106,6 +106,7 @@ def test_accuracy(model, test_set, device):
 
 def build_trainer(args, run_files, train_set, generator, saved=None):
     """The Trainer of a new classifier. saved: the contents of the checkpoint to resume from, if there is one."""
+    set_deterministic(args.device)
     seed_everything(args.seed)
     metadata = {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset}
     if saved:

@@ -69,7 +69,7 @@ from prior import CodePrior
 from utils import cost, distributed, event_files, files, inputs, tensorboard_logs
 from utils.memory import maps_that_fit
 from utils.run_files import RunFiles
-from utils.train_state import check_metadata, seed_everything
+from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
 
 WARM_UP = 0.05                  # of all steps
@@ -101,7 +101,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
     for epoch in trainer.epochs():                            # where it left off, if resumed
         prior.train()
         for batch in trainer.batches(epoch_batches(maps, trainer.generator, args.batch_size)):
-            indices, labels, shifts = (tensor.to(args.device) for tensor in batch)    # (B, h, w), (B,), (B,)
+            indices, labels, shifts = (data.to_device(tensor, args.device) for tensor in batch)    # (B, h, w), (B,)
             with per_process_dropout(args, trainer.state.step):
                 loss = forward(indices, labels, shifts)
             optimizer.zero_grad()
@@ -111,7 +111,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
             schedule.step()
             trainer.after_step([loss])                                # save, notice signals
 
-        test_nats = calibrate_and_evaluate(prior, maps, args.device)
+        test_nats = calibrate_and_evaluate(prior, maps)
         bits = test_nats * bits_per_nat
         trainer.save_epoch(test_nats, {"nats_per_code": test_nats, "bits_per_pixel": bits})
         if distributed.is_main_process():
@@ -147,17 +147,17 @@ def per_process_dropout(args, step):
     return distributed.per_process_rng(args.seed + step * distributed.world_size())
 
 
-def calibrate_and_evaluate(prior, maps, device):
+def calibrate_and_evaluate(prior, maps):
     """Nats per code on the test set, of the prior calibrated on some training maps if that lowers them.
 
     It does not if the training maps are overfitted.
     """
     prior.tail.zero_()
-    plain = nats_per_code(prior, maps.test, maps.test_labels, device)
+    plain = nats_per_code(prior, maps.test, maps.test_labels)
     N = len(maps.train_labels)
     rows = torch.linspace(0, N - 1, min(CALIBRATION_MAPS, N)).long()
     prior.calibrate(maps.train[0, rows], maps.train_labels[rows], maps_that_fit(prior))
-    calibrated = nats_per_code(prior, maps.test, maps.test_labels, device)
+    calibrated = nats_per_code(prior, maps.test, maps.test_labels)
     if calibrated >= plain:
         prior.tail.zero_()
     return min(plain, calibrated)
@@ -172,7 +172,7 @@ def log_samples(trainer, vqvae, epoch):
     seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
     most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
     maps, columns = samples.sample_columns(prior, most, seconds, generator, device)
-    images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps, device)]
+    images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps)]
     tensorboard_logs.log_samples(trainer.writer, epoch, torch.cat(images), columns)
 
 
@@ -233,6 +233,7 @@ def load_source(args, vqvae, contents, path):
 
 def build_trainer(args, files, source, saved=None):
     """The Trainer of a new prior. saved: the contents of the checkpoint to resume from, if there is one."""
+    set_deterministic(args.device)
     seed_everything(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     (h, w), classes = source.vqvae.map_size(*source.shape[1:]), source.train_set.classes

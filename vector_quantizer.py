@@ -143,7 +143,9 @@ def kmeans(latents, num_codes, iterations=KMEANS_ITERATIONS):
     centres = latents[order].float()                                  # (K, D)
     for _ in range(iterations):
         assigned = vq(latents, centres)                               # (N,)
-        sizes = torch.bincount(assigned, minlength=num_codes).unsqueeze(1)                # (K, 1)
+        # Not bincount(), which waits for a GPU to know how long its result is.
+        ones = torch.ones_like(latents[:, :1], dtype=torch.float32)
+        sizes = torch.zeros_like(centres[:, :1]).index_add_(0, assigned, ones)            # (K, 1)
         sums = torch.zeros_like(centres).index_add_(0, assigned, latents.float())         # (K, D)
         centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
     return centres
@@ -166,11 +168,14 @@ def _from_rows(codes, shape):
 
 
 def check_indices(indices, num_codes):
-    """The indices as int64. Raises ValueError unless they are integers in [0, K)."""
+    """The indices as int64. Raises ValueError unless they are integers in [0, K).
+
+    Those on a GPU are not read, which would wait for it: check them on the CPU, where they come in.
+    """
     if indices.dtype not in INTEGERS:
         raise ValueError(f"indices are integers, not {indices.dtype}")
     indices = indices.long()
-    if indices.numel() and not 0 <= indices.min() <= indices.max() < num_codes:
+    if indices.device.type == "cpu" and indices.numel() and not 0 <= indices.min() <= indices.max() < num_codes:
         raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {num_codes})")
     return indices
 

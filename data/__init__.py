@@ -38,6 +38,8 @@ class Images(Dataset):
 
     def __getitem__(self, rows):
         """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of indices."""
+        if isinstance(rows, list):          # with which indexing on a GPU would wait for it, twice
+            rows = to_device(torch.tensor(rows), self.images.device)
         return self.images[rows], self.labels[rows]
 
     @property
@@ -105,6 +107,13 @@ def ignore_signals(_worker):
     """Ctrl-C in a terminal reaches the workers too, but the script first finishes its step with them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def to_device(tensor, device):
+    """A tensor on a device. A GPU copies it from pinned memory, so that nothing waits for it."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def to_model_range(images, device="cpu"):

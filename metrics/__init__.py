@@ -31,30 +31,34 @@ def evaluate(model, batches, device, beta=1.0):
     """
     was_training = model.training
     model.eval()
-    sums, num_images = torch.zeros(len(Losses._fields), dtype=torch.float64), torch.tensor(0)
-    counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64)
+    # Summed on the device, so that no batch waits for it; MPS has no float64.
+    sums = torch.zeros(len(Losses._fields), dtype=torch.float64, device="cpu" if "mps" in str(device) else device)
+    counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
+    num_images = torch.tensor(0)
     for images, _ in batches:
         x = to_model_range(images, device)                            # (B, C, H, W) in [-1, 1]
         output = model(x)
-        sums += torch.stack(vqvae_losses(x, output, beta)).cpu().double() * len(x)
+        sums += torch.stack(vqvae_losses(x, output, beta)).to(sums.device).double() * len(x)
+        counts += code_counts(output.indices, len(counts))
         num_images += len(x)
-        counts += code_counts(output.indices, len(counts)).cpu()
     model.train(was_training)
+    sums, counts = sums.cpu(), counts.cpu()
     for total in (sums, num_images, counts):
         distributed.all_reduce_sum(total)
     return Losses(*(sums / num_images).tolist()), counts
 
 
 @torch.no_grad()
-def nats_per_code(prior, maps, labels, device):
-    """−log p(map | label) of code maps (N, h, w), the mean over all codes, in evaluation mode.
+def nats_per_code(prior, maps, labels):
+    """−log p(map | label) of code maps (N, h, w), on the CPU, the mean over all codes, in evaluation mode.
 
     Of several processes each takes its shard of the maps, and all get the mean.
     """
     was_training, shard = prior.training, distributed.shard_slice()
     prior.eval()
     batch_size = maps_that_fit(prior)
-    total = sum(prior.log_prob(map_batch.to(device), label_batch.to(device)).cpu().double().sum().item()
-                for map_batch, label_batch in zip(maps[shard].split(batch_size), labels[shard].split(batch_size)))
+    nats = [prior.log_prob(map_batch, label_batch)                    # (B,)
+            for map_batch, label_batch in zip(maps[shard].split(batch_size), labels[shard].split(batch_size))]
+    total = torch.cat(nats).cpu().double().sum()
     prior.train(was_training)
-    return -distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64)).item() / maps.numel()
+    return -distributed.all_reduce_sum(total).item() / maps.numel()

@@ -131,7 +131,7 @@ def test_indices_have_the_smallest_sufficient_dtype(num_codes, dtype):
     indices, labels = script.encode(model, images, argparse.Namespace(device="cpu", num_workers=0))
     assert indices.dtype == dtype and indices.shape == (3, 2, 3) and labels.dtype == np.uint16
     largest = np.full((1, 2, 3), num_codes - 1, dtype)
-    assert script.decode(model, largest, "cpu").shape == (1, 1, 8, 12)
+    assert script.decode(model, largest).shape == (1, 1, 8, 12)
 
 
 def test_overwrite_replaces_only_files_of_the_same_kind(folder, capsys):

@@ -197,7 +197,7 @@ def test_prior_in_blocks_equals_all_logits_at_once(monkeypatch):
     torch.testing.assert_close(network.log_prob(maps, labels).double(), expected, rtol=1e-5, atol=1e-4)
     assert max(rows) == 5 and sum(rows) == 7 * 12
     monkeypatch.setattr(memory, "BUDGET", 1)            # one map at a time
-    assert nats_per_code(network, maps, labels, "cpu") == pytest.approx(-expected.mean().item() / 12, rel=1e-5)
+    assert nats_per_code(network, maps, labels) == pytest.approx(-expected.mean().item() / 12, rel=1e-5)
 
 
 def test_samples_stop_when_the_time_is_up(monkeypatch):

@@ -1,6 +1,7 @@
 """The state of a training and of all random generators: what a checkpoint needs for an exact resume."""
 
 import math
+import os
 import random
 from dataclasses import dataclass, field
 
@@ -150,6 +151,13 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)        # the range of its seeds
     torch.manual_seed(seed)
+
+
+def set_deterministic(device):
+    """Let the same seed give the same run on a GPU too. On a CPU it does as it is."""
+    if device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def random_states():

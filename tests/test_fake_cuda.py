@@ -1,0 +1,154 @@
+"""Tensors of a GPU that is not there: shapes, devices, and operations that would wait for their values.
+
+Under FakeTensorMode an operation on tensors of two devices raises an error, and so does reading a value, as .item(), a
+comparison in an if, or a result whose size depends on the values do. Only forward passes: the backward pass needs CUDA.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+import data
+import metrics
+from data import code_maps
+from metrics import code_counts, samples
+from metrics.classifier import DigitClassifier
+from modules import VectorQuantizedVAE, vqvae_losses
+from prior import CodePrior
+from utils.train_state import TrainState
+from vector_quantizer import QUANTIZERS, kmeans
+
+B, K = 8, 64
+
+
+@pytest.fixture
+def fake():
+    """Within it all tensors are fake; those that exist cannot be used."""
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+def on_gpu(module):
+    """The module with fake parameters and buffers on a GPU."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    if tensors is part._parameters:
+                        tensors[name] = nn.Parameter(tensors[name], requires_grad=tensor.requires_grad)
+    return module
+
+
+def gpu(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+# Made before the fixture, with real values: a new model is tried out.
+def model(quantizer="vq", **settings):
+    return VectorQuantizedVAE(1, 16, K, quantizer=quantizer, **settings)
+
+
+MODELS = {"gradient": model(codebook_init="uniform"), "ema": model(codebook_init="uniform", codebook_update="ema"),
+          "no restarts": model(codebook_init="uniform", restart_after=0), "fsq": model("fsq", levels="4,4,4")}
+PRIOR = CodePrior(K, 7, 7, num_classes=10, layers=2, embedding=16, heads=2, dropout=0.1, num_shifts=9)
+CLASSIFIER = DigitClassifier()
+
+
+def test_models_of_every_quantizer_are_tried():
+    assert {type(one.quantizer) for one in MODELS.values()} == set(QUANTIZERS.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_training_step_waits_for_nothing_and_stays_on_the_gpu(name, amp, fake):
+    network, images = on_gpu(MODELS[name]).train(), gpu(B, 1, 28, 28, dtype=torch.uint8)
+    x = data.to_model_range(images, "cuda")
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):        # that of CUDA needs a GPU
+        output = network(x)
+        losses = vqvae_losses(x, output, 0.25)
+    state = TrainState(order=torch.empty(0), sums=gpu(4, dtype=torch.float64), pending_losses=gpu(10, 4))
+    state.add_step(torch.stack(tuple(losses)), B)
+    for tensor in (*losses, *output, code_counts(output.indices, K), state.sums):
+        assert tensor.device.type == "cuda"
+    assert output.indices.shape == (B, 7, 7) and output.indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_encoding_and_decoding_stay_on_the_gpu(name, fake, monkeypatch):
+    network = on_gpu(MODELS[name]).eval()
+    x, images = gpu(B, 1, 28, 28), torch.empty(B, 1, 28, 28, dtype=torch.uint8)
+    assert network.encode(x).device.type == "cuda"
+    monkeypatch.setattr("modules.check_indices", lambda indices, _: cpu_only(indices).long())
+    [decoded] = samples.decode_batches(network, torch.empty(B, 7, 7, dtype=torch.int16))
+    assert decoded.device.type == "cuda" and decoded.shape == x.shape
+    maps = code_maps.encode(network, [(images, None)], "cuda")
+    assert maps.device.type == "cpu" and maps.dtype == code_maps.smallest_type(K)
+    copied, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(FakeTensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: cpu_only(tensor) is not None and [0.0] * 4)
+    _, counts = metrics.evaluate(network, [(images, None)] * 3, "cuda")
+    assert copied == [(4,), (K,)] and counts.device.type == "cpu"   # once, after the last batch
+
+
+def cpu_only(tensor):
+    assert tensor.device.type == "cpu"
+    return tensor
+
+
+def test_kmeans_waits_for_nothing(fake):
+    assert kmeans(gpu(400, 16), K).shape == (K, 16)
+
+
+def test_step_of_the_prior_waits_for_nothing(fake):
+    prior, maps, labels = on_gpu(PRIOR).train(), gpu(B, 7, 7, dtype=torch.int16), gpu(B, dtype=torch.int64)
+    loss = -prior.log_prob(maps, labels, labels).mean()
+    assert loss.device.type == "cuda" and prior.log_prob(maps).shape == (B,)
+
+
+def test_prior_checks_maps_and_labels_on_the_cpu_and_moves_them(fake, monkeypatch):
+    prior = on_gpu(PRIOR).eval()
+    monkeypatch.setattr(CodePrior, "_in_range", lambda _, values, size: cpu_only(values).shape and size in (11, K))
+    maps, labels = torch.empty(B, 7, 7, dtype=torch.int16), torch.empty(B, dtype=torch.int64)
+    assert prior.log_prob(maps, labels).device.type == "cuda"
+    prior.calibrate(maps, labels, 4)
+
+
+def test_classifier_stays_on_the_gpu(fake):
+    predictions = samples.classify(on_gpu(CLASSIFIER).eval(), [gpu(B, 1, 28, 28)] * 2, Bar())
+    assert predictions.digits.device.type == "cpu" and predictions.features.shape == (2 * B, 128)
+
+
+class Bar:
+    def update(self, _):
+        pass
+
+
+def test_images_on_the_gpu_are_indexed_there(fake, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.device.type) or tensor)
+    images = data.Images(gpu(100, 1, 28, 28, dtype=torch.uint8), gpu(100, dtype=torch.int64))
+    batch, labels = images.__getitems__([3, 5, 9])
+    assert batch.device.type == labels.device.type == "cuda" and len(batch) == 3
+    assert pinned == ["cpu"]                    # one copy of the indices, for which nothing waits
+
+
+@pytest.mark.parametrize("fault, error", [
+    (lambda z: z + torch.zeros(1, 16), RuntimeError), (lambda z: z * z.sum().item(), DataDependentOutputException),
+    (lambda z: z if z.max() > 0 else -z, DataDependentOutputException),
+    (lambda z: z[z[:, 0] > 0], DynamicOutputShapeException)])
+@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder"])
+def test_faults_are_noticed(fault, error, part, fake):
+    """A tensor made on the CPU, a value that is read, one that decides, and a size that depends on values."""
+    network = on_gpu(MODELS["gradient"])
+    inputs = {"encoder": gpu(B, 1, 28, 28), "quantizer": gpu(B, 16, 7, 7), "decoder": gpu(B, 16, 7, 7)}[part]
+    handle = getattr(network, part).register_forward_hook(lambda *_: fault(gpu(B, 16)))
+    with pytest.raises(error):
+        getattr(network, part)(inputs)
+    handle.remove()
