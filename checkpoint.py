@@ -38,6 +38,7 @@ from metrics.classifier import DigitClassifier
 from modules import VectorQuantizedVAE
 from prior import TAIL_BINS, CodePrior
 from utils.files import command, read_file, write_atomically
+from vector_quantizer import QUANTIZERS
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
@@ -156,6 +157,10 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     and ValueError if the sizes contradict each other.
     """
     contents = load(path, device)
+    name = contents["config"].get("quantizer", "vq") if isinstance(contents.get("config"), dict) else "vq"
+    if isinstance(name, str) and name not in QUANTIZERS:
+        raise ValueError(f"its quantizer {name[:50]!r} is not in vector_quantizer.QUANTIZERS, which has "
+                         f"{', '.join(QUANTIZERS)}: add its class there")
     model = _rebuild(VectorQuantizedVAE, contents, device)
     for flag, given, own in (("--hidden-size", hidden_size, model.quantizer.dim),
                              ("--k", num_codes, model.quantizer.num_codes)):

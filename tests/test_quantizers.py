@@ -431,3 +431,12 @@ def test_quantizer_passes_through_all_scripts(name, flags, K, mnist_folder, tmp_
     with np.load(tmp_path / "codes.npz") as codes, np.load(tmp_path / "images.npz") as images:
         assert np.array_equal(codes["indices"], output.indices.numpy())
         assert np.abs(images["images"] - (output.reconstruction.numpy() + 1) * 127.5).max() <= 1
+
+
+def test_model_of_a_quantizer_that_is_not_there_names_it(tmp_path):
+    contents = checkpoint.load(checkpoint.PRETRAINED)
+    contents["config"]["quantizer"] = "of a colleague"
+    path = tmp_path / "model.pt"
+    checkpoint.save(path, {name: value for name, value in contents.items() if name not in ("path", "sha256")})
+    with pytest.raises(ValueError, match=r"its quantizer 'of a colleague' is not in .*, which has vq, fsq.*: add"):
+        checkpoint.load_model(path)
