@@ -38,6 +38,7 @@ INTEGERS = torch.uint8, torch.int16, torch.int32, torch.int64       # types of i
 CODEBOOK_UPDATES = ("gradient", "ema")
 CODEBOOK_INITS = ("kmeans", "uniform")
 MAX_FSQ_CODES = 2**20
+MAX_FSQ_LEVELS = 1000       # the bound leaves a thousandth free: more would not all be reached
 
 
 class Quantized(NamedTuple):
@@ -353,9 +354,10 @@ class FiniteScalarQuantizer(nn.Module):
             sizes = [int(size) for size in str(levels).split(",")]
         except ValueError:
             sizes = [0]
-        if min(sizes) < 2 or math.prod(sizes) > MAX_FSQ_CODES:
-            raise ValueError(f"levels {levels!r} are not integers from 2 on, such as 8,8,8, with a product of up to "
-                             f"{MAX_FSQ_CODES:,}")
+        if not all(2 <= size <= MAX_FSQ_LEVELS for size in sizes) or len(sizes) > 20 or (
+                math.prod(sizes) > MAX_FSQ_CODES):
+            raise ValueError(f"levels {str(levels)[:100]!r} are not integers from 2 to {MAX_FSQ_LEVELS}, such as "
+                             f"8,8,8, with a product of up to {MAX_FSQ_CODES:,}")
         if num_codes != math.prod(sizes):
             raise ValueError(f"num_codes {num_codes} is not {math.prod(sizes)}, the product of the levels {levels}")
         self.num_codes, self.dim = num_codes, dim

@@ -66,6 +66,7 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
 import json
+import math
 import os
 import platform
 import re
@@ -107,7 +108,7 @@ def run_script(folder, words):
         code = subprocess.run([sys.executable, *runner, script, *map(str, words[1:])], cwd=folder, stdout=output,
                               stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code:
-        last = Path(output.name).read_text().strip().splitlines()[-1]
+        last = (Path(output.name).read_text().strip().splitlines() or [f"ended with status {code}"])[-1]
         raise ValueError(f"{words[0]}: {last} (all of it is in {output.name})")
 
 
@@ -128,21 +129,21 @@ def train(args, name, rate, epochs, seed):
     """Train a VQ-VAE, or go on with it. → the path of its model after the last epoch"""
     run = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{rate:g}-{epochs}-{seed}"
     folder = args.folder / "models" / run
-    model = folder / f"model_{epochs}.pt"
-    if not model.exists():
+    model, last = folder / f"model_{epochs}.pt", folder / "last.pt"
+    if not last.exists() or checkpoint.load(last)["epoch"] < epochs:         # the track's last line is written before
         flags = ["--dataset", args.dataset, "--data-folder", args.data_folder.resolve(), *TRAINING.split(),
                  *{**OWN, **ADAPTED}[name].split(), "--lr", rate, "--num-epochs", epochs, "--seed", seed,
                  "--keep-every", epochs, "--save-every", 200]
-        is_begun = (folder / "last.pt").exists()
-        run_script(args.folder, ["VQ-VAE.py", "--output-folder", run, *(["--resume"] if is_begun else flags)])
+        more = ["--resume"] if last.exists() else [*flags, "--overwrite"]
+        run_script(args.folder, ["VQ-VAE.py", "--output-folder", run, *more])
     return model
 
 
 @torch.no_grad()
 def error_on_training_images(path):
-    """The MSE on 1,000 digits of MNIST's training set: what a learning rate is chosen by."""
+    """The MSE on 1,000 digits of the training set, of MNIST and of MNIST-10k: what a learning rate is chosen by."""
     model, _ = checkpoint.load_model(path)
-    _, images = data.load("MNIST-10k", "")
+    images = data.Images(*data.load("MNIST-10k", "")[0][:1000])
     losses, _ = evaluate(model, data.batches(images, images_that_fit(28, 28, model.quantizer.dim)), "cpu")
     return losses.reconstruction
 
@@ -207,12 +208,18 @@ class Results:
     """What has been measured so far, in a file that holds it after every measurement.
 
     rates: {name: {rate: error}}; seeds: {name: {seed: figures}}; prior: {name: figures}; seconds: {name: seconds}.
+    Figures hold the rate that they were measured with. Raises ValueError if the file is damaged or of other settings.
     """
 
     def __init__(self, path, settings):
         self.path, self.lock = path, Lock()
-        self.contents = json.loads(path.read_text()) if path.exists() else {
-            "settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}}
+        empty = {"settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}}
+        try:
+            self.contents = json.loads(path.read_text()) if path.exists() else empty
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): move it away") from error
+        if not isinstance(self.contents, dict) or not empty.keys() <= self.contents.keys():
+            raise ValueError(f"{path} is no file of results: move it away")
         if self.contents["settings"] != settings:
             raise ValueError(f"{path} holds results of other settings ({self.contents['settings']}): choose another "
                              "--folder")
@@ -229,8 +236,14 @@ class Results:
             text = json.dumps(self.contents, indent=1, ensure_ascii=False) + "\n"
             files.write_atomically(self.path, text.encode())
 
-    def best_rate(self, name):
-        return float(min(self["rates"][name], key=self["rates"][name].get))
+    def best_rate(self, name, rates):
+        """Of the rates, the one with the lowest error."""
+        return min(rates, key=lambda rate: self["rates"][name][str(rate)])
+
+    def lacks(self, part, name, rate, seed=None):
+        """Whether figures of this rate have still to be measured."""
+        found = self[part].get(name, {})
+        return (found if seed is None else found.get(str(seed), {})).get("rate") != rate
 
 
 def run_all(tasks, args, description):
@@ -246,33 +259,41 @@ def run_all(tasks, args, description):
 
 def measure(args, names, results):
     def compare(name, rate):
-        results.add("rates", name, error_on_training_images(train(args, name, rate, args.rate_epochs, 0)), rate)
+        try:
+            error = error_on_training_images(train(args, name, rate, args.rate_epochs, 0))
+        except ValueError as reason:
+            if "try a lower rate" not in str(reason):
+                raise
+            error = math.inf                    # its losses are not finite
+        results.add("rates", name, error, rate)
 
     def report(name, seed):
-        path = train(args, name, results.best_rate(name), args.num_epochs, seed)
-        results.add("seeds", name, figures(path), seed)
+        rate = results.best_rate(name, args.rates)
+        path = train(args, name, rate, args.num_epochs, seed)
+        results.add("seeds", name, {"rate": rate, **figures(path)}, seed)
         if not seed:
-            results.add("prior", name, train_prior(args, path))
+            results.add("prior", name, {"rate": rate, **train_prior(args, path)})
 
     run_all([lambda name=name, rate=rate: compare(name, rate) for name in names for rate in args.rates
              if str(rate) not in results["rates"].get(name, {})], args, "learning rates")
+    best = {name: results.best_rate(name, args.rates) for name in names}
     run_all([lambda name=name, seed=seed: report(name, seed) for seed in range(args.seeds) for name in names
-             if str(seed) not in results["seeds"].get(name, {}) or (not seed and name not in results["prior"])],
-            args, "trainings")
+             if results.lacks("seeds", name, best[name], seed) or (
+                 not seed and results.lacks("prior", name, best[name]))], args, "trainings")
     if missing := [name for name in names if name not in results["seconds"]]:
         for name, seconds in seconds_of_steps(missing).items():
             results.add("seconds", name, seconds)
 
 
-def table(names, results):
-    """The results as lines of Markdown."""
+def table(names, results, seeds):
+    """The results as lines of Markdown, the errors over so many seeds."""
     lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name in names:
-        rows, prior = list(results["seeds"][name].values()), results["prior"][name]
+        rows, prior = [results["seeds"][name][str(seed)] for seed in range(seeds)], results["prior"][name]
         errors, perplexities, used = ([row[key] for row in rows] for key in MEASURED)
         spread = f" ± {(max(errors) - min(errors)) / 2:.5f}" if len(errors) > 1 else ""
-        lines.append(f"| {name} | {results.best_rate(name):g} | {statistics.mean(errors):.5f}{spread} "
+        lines.append(f"| {name} | {rows[0]['rate']:g} | {statistics.mean(errors):.5f}{spread} "
                      f"| {statistics.mean(perplexities):.0f} | {statistics.mean(used):.0f} "
                      f"| {prior['nats_per_map']:.1f} | {prior['bits_per_dimension']:.4f} "
                      f"| {1000 * results['seconds'][name]:.1f} |")
@@ -295,8 +316,8 @@ def run(args):
         results.contents["machine"] = (f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one "
                                        f"thread, {args.processes} at a time")
         measure(args, names, results)
-    print(f"{table(names, results)}\n\nTest MSE: the mean over {args.seeds} seeds, ± half the range. "
-          f"All of it is in {results.path}.")
+    print(f"{table(names, results, args.seeds)}\n\nTest MSE: the mean over {args.seeds} seeds, ± half the range; nats "
+          f"and bits: the lowest of {args.prior_epochs} epochs. All of it is in {results.path}.")
 
 
 def main(argv=None):

@@ -39,7 +39,7 @@ class Images(Dataset):
     def __getitem__(self, rows):
         """uint8 images (B, C, H, W) and labels (B,) of rows: a slice, a list or a tensor of indices."""
         if isinstance(rows, list):          # with which indexing on a GPU would wait for it, twice
-            rows = to_device(torch.tensor(rows), self.images.device)
+            rows = to_device(torch.tensor(rows, dtype=torch.int64), self.images.device)
         return self.images[rows], self.labels[rows]
 
     @property

@@ -302,24 +302,30 @@ def test_fsq_indices_are_valid_for_nonfinite_latents():
         assert indices.min() >= 0 and indices.max() < 512
 
 
-BAD_LEVELS = ["1,8", "8,0", "8,-8", "8;8", "8.5", "", "8,", "many", "1024,1025", ",".join(21 * "2"), "9" * 5000]
+BAD_LEVELS = ["1,8", "8,0", "8,-8", "8;8", "8.5", "", "8,", "8,8 8", "many", "1024,1025", ",".join(21 * "2"), "9" * 5000]
 
 
 @pytest.mark.parametrize("levels", BAD_LEVELS)
 def test_bad_levels_are_refused(levels, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="are not integers from 2 on, such as 8,8,8"):
+    with pytest.raises(ValueError, match="are not integers from 2 to 1000, such as 8,8,8"):
         FiniteScalarQuantizer(512, D, levels)
     monkeypatch.chdir(tmp_path)
     line = expect_usage_error("VQ-VAE.py", ["--quantizer", "fsq", f"--levels={levels}"], capsys)
     assert "--levels" in line and len(line) < 2100
     if len(levels) < 100:
-        assert repr(levels) in line and "such as 8,8,8, of integers from 2 on with a product of up to 1,048,576" in line
+        assert repr(levels) in line
+        assert "such as 8,8,8, of integers from 2 to 1000 with a product of up to 1,048,576" in line
 
 
 def test_limits_and_defaults_of_levels_are_the_same_for_flag_and_class():
     assert arguments.MAX_LEVELS_PRODUCT == vector_quantizer.MAX_FSQ_CODES
+    assert arguments.MAX_LEVELS == vector_quantizer.MAX_FSQ_LEVELS
+    # All of the most levels are reached.
+    largest = FiniteScalarQuantizer(1000, 1, "1000")
+    reached = largest._bound(torch.linspace(-20, 20, 10_001).unsqueeze(1)).round()
+    assert (reached.min(), reached.max()) == (-500, 499)
     assert inspect.signature(FiniteScalarQuantizer).parameters["levels"].default == arguments.LEVELS
-    assert arguments.levels(" 8, 05,5") == "8,5,5" and arguments.levels("1048576") == "1048576"
+    assert arguments.levels(" 8, 05,5") == "8,5,5" and arguments.levels("1000,1000") == "1000,1000"
     assert FiniteScalarQuantizer(2**20, D, ",".join(20 * "2")).num_codes == 2**20
     with pytest.raises(ValueError, match="num_codes 512 is not 200, the product of the levels 8,5,5"):
         VectorQuantizedVAE(1, 16, 512, quantizer="fsq", levels="8,5,5")

@@ -13,7 +13,7 @@ DATASETS = ("MNIST-10k", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-by
             "EMNIST-balanced", "EMNIST-letters", "EMNIST-digits", "EMNIST-mnist", "CIFAR10", "SVHN", "folder")
 # Sets of digits like MNIST's, on which the classifier can be trained.
 DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
-LEVELS, MAX_LEVELS_PRODUCT = "8,8,8", 2**20          # of finite scalar quantization
+LEVELS, MAX_LEVELS, MAX_LEVELS_PRODUCT = "8,8,8", 1000, 2**20          # of finite scalar quantization
 MAX_FOLDERS, MAX_NAME = 20, 200         # of a name: file systems allow 255 bytes, temporary files add some
 
 
@@ -69,12 +69,12 @@ def one_of(*names):
 
 
 def levels(text):
-    """A type for the levels of finite scalar quantization: integers from 2 on with commas between, as text."""
-    sizes = text.replace(" ", "").split(",")
-    if not all(re.fullmatch("[0-9]{1,7}", size) for size in sizes) or min(map(int, sizes)) < 2 or (
+    """A type for the levels of finite scalar quantization: integers with commas between, as text."""
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,7}", size) and 2 <= int(size) <= MAX_LEVELS for size in sizes) or (
             math.prod(map(int, sizes)) > MAX_LEVELS_PRODUCT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as {LEVELS}, of integers from 2 on with a "
-                                         f"product of up to {MAX_LEVELS_PRODUCT:,}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as {LEVELS}, of integers from 2 to {MAX_LEVELS} "
+                                         f"with a product of up to {MAX_LEVELS_PRODUCT:,}")
     return ",".join(str(int(size)) for size in sizes)
 
 
