@@ -21,8 +21,6 @@ from utils import arguments
 from utils.train_state import TrainState
 from vector_quantizer import QUANTIZERS, FiniteScalarQuantizer, VectorQuantizer
 
-pytestmark = pytest.mark.rounding
-
 D = 5
 EXAMPLE, = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "your-own-quantizer.md").read_text(),
                       flags=re.MULTILINE | re.DOTALL)
@@ -247,6 +245,7 @@ def fsq_reference(quantizer, sizes, rows):
     return indices, codes, derivatives, margin
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("levels", ["8,8,8", "8,5,3,2", "2", "7,4", "2,2,2,2,2,2"])
 def test_fsq_matches_float64_numpy(levels):
     sizes = [int(size) for size in levels.split(",")]
@@ -266,6 +265,7 @@ def test_fsq_matches_float64_numpy(levels):
     assert np.allclose(z_e.grad.numpy(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("levels", ["8,8,8", "8,5,3,2", "2", "7,4"])
 def test_fsq_reaches_every_level_and_looks_every_code_up(levels):
     sizes = [int(size) for size in levels.split(",")]
