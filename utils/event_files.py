@@ -143,9 +143,8 @@ def keep_in_order(paths):
     It goes by the time in their names, which is later than now if the clock has been set back.
     """
     now = int(time.time())
-    # Each new name is before all old ones, so that none is taken.
     times = [int(time_of[1]) for path in paths if (time_of := re.search(r"tfevents\.(\d+)\.", path.name))]
     if len(times) == len(paths) and max(times, default=0) >= now:
-        first = min(now, *times) - len(paths)
+        first = min(now, *times) - len(paths)           # each new name is before all old ones, so that none is taken
         for earlier, path in enumerate(paths, first):
             path.rename(path.with_name(re.sub(r"(?<=tfevents\.)\d+", f"{earlier:010}", path.name, count=1)))
