@@ -121,24 +121,26 @@ class CodePrior(nn.Module):
         return -torch.cat(losses).view(len(indices), -1).sum(dim=1)
 
     @torch.no_grad()
-    def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
+    def sample(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None, given=None):
         """Code maps (B, h, w) sampled one code after the other for labels (B,); class num_classes means none.
 
         temperature divides the logits; top_k keeps only the most probable codes; guidance 1 samples p(map | label), a
-        larger one moves away from p(map). Runs in evaluation mode, and restores the mode. Raises ValueError for a label
-        out of range, temperature ≤ 0 or top_k < 1.
+        larger one moves away from p(map). given (B, n) are the first n codes of each map, which are kept. generator is
+        one of the CPU, or None for torch's: the samples are the same on every device but for rounding, and in whatever
+        batches they are drawn. Runs in evaluation mode, and restores the mode. Raises ValueError for a label or code
+        out of range, temperature ≤ 0, top_k < 1, or weights that give no probabilities.
         """
-        codes = list(self.sample_in_order(labels, temperature, top_k, guidance, generator))
+        codes = list(self.sample_in_order(labels, temperature, top_k, guidance, generator, given))
         return torch.stack(codes, dim=1).view(len(labels), self.height, self.width)
 
     @torch.no_grad()
-    def sample_in_order(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None):
+    def sample_in_order(self, labels, temperature=1.0, top_k=None, guidance=1.0, generator=None, given=None):
         """The same as sample(), but yields the codes (B,) of one position after the other, in raster order."""
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} is not above 0")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k {top_k} is not an integer from 1 on")
-        labels = self._labels(labels, len(labels))
+        labels, given = self._labels(labels, len(labels)), self._given(given, len(labels))
         was_training = self.training
         self.eval()
         B, guided = len(labels), guidance != 1
@@ -148,17 +150,27 @@ class CodePrior(nn.Module):
         (T, E), heads = self.positions.shape, self.blocks[0].heads
         caches = condition.new_empty(len(self.blocks), 2, len(labels), heads, T, E // heads)
         x = torch.zeros_like(condition)
+        # All random numbers at once: drawn code by code, a GPU would be waited for at every code.
+        draws = torch.rand(B, T, generator=generator).to(x.device).T                  # (T, B)
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
         try:
             for position, embedding in enumerate(self.positions):
                 x = (x + condition + embedding).unsqueeze(1)          # (B or 2B, 1, E)
                 for block, cache in zip(self.blocks, caches):
                     x = block(x, cache, position)
-                logits = self._logits(self.norm(x).squeeze(1))        # (B or 2B, K)
-                if guided:
-                    logits = torch.lerp(logits[B:], logits[:B], guidance)
-                codes = sample_codes(logits / temperature, top_k, generator)          # (B,)
+                if position < given.shape[1]:
+                    codes = given[:, position]                        # (B,)
+                else:
+                    logits = self._logits(self.norm(x).squeeze(1))    # (B or 2B, K)
+                    if guided:
+                        logits = torch.lerp(logits[B:], logits[:B], guidance)
+                    logits = logits / temperature
+                    finite &= logits.isfinite().all()
+                    codes = sample_codes(logits, draws[position], top_k)
                 yield codes
                 x = self.code_embedding(codes).repeat(2 if guided else 1, 1)
+            if not finite:
+                raise ValueError("the prior's probabilities are not finite: it is damaged")
         finally:
             self.train(was_training)
 
@@ -206,11 +218,22 @@ class CodePrior(nn.Module):
             raise ValueError(f"labels are ({count},) integers from 0 to {self.num_classes}, the last for none")
         return labels.to(self.positions.device)
 
+    def _given(self, given, count):
+        if given is None:
+            return torch.empty(count, 0, dtype=torch.int64)
+        if given.dim() != 2 or len(given) != count or given.shape[1] > len(self.positions):
+            raise ValueError(f"given {tuple(given.shape)} is not ({count}, 0 to {len(self.positions)})")
+        self._check_codes(given)
+        return given.to(self.positions.device).long()
+
+    def _check_codes(self, codes):
+        if not self._in_range(codes, self.num_codes):
+            raise ValueError(f"codes {codes.min()} to {codes.max()} leave [0, {self.num_codes})")
+
     def _flat(self, indices):
         if indices.dim() != 3 or indices.shape[1:] != (self.height, self.width):
             raise ValueError(f"code maps {tuple(indices.shape)} are not (B, {self.height}, {self.width})")
-        if not self._in_range(indices, self.num_codes):
-            raise ValueError(f"codes {indices.min()} to {indices.max()} leave [0, {self.num_codes})")
+        self._check_codes(indices)
         return indices.to(self.positions.device).flatten(1).long()
 
     def _in_range(self, values, size):
@@ -223,20 +246,20 @@ class CodePrior(nn.Module):
         return 0 <= int(values.min()) <= int(values.max()) < size       # as Python integers: a uint8 tensor has no 256
 
 
-def sample_codes(logits, top_k=None, generator=None):
-    """One code for each row of logits (B, K), from the top_k most probable ones if given: (B,).
+def sample_codes(logits, draws, top_k=None):
+    """The code for each row of logits (B, K) that a random number in [0, 1), of draws (B,), falls on: (B,).
 
-    Raises ValueError if the logits give no probabilities.
+    By inversion: the first code at which the cumulative probability, in the order of the codes, exceeds the number.
+    Only the top_k most probable codes are drawn, if given. Logits that are not finite give any code.
     """
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(dim=1)
-    if generator is not None:           # on the generator's device: the same samples whatever the model's is
-        probabilities = probabilities.to(generator.device)
-    if not probabilities.isfinite().all():
-        raise ValueError("the prior's probabilities are not finite: it is damaged")
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+    device = "cpu" if logits.device.type == "mps" else logits.device                # MPS has no float64
+    cumulative = logits.to(device, torch.float64).softmax(dim=1).cumsum(dim=1)      # (B, K)
+    heights = draws.float().to(device).unsqueeze(1) * cumulative[:, -1:]            # (B, 1), float64, below the sum
+    codes = torch.searchsorted(cumulative, heights, right=True).squeeze(1)
+    return codes.clamp(max=logits.shape[1] - 1).to(logits.device)
 
 
 def _uniform_like(labels):

@@ -93,11 +93,12 @@ def training(batch_size, num_codes=512, dim=40, beta=1.0, lr=2e-4):
 def uncached_sample(prior, labels, generator):
     """Code maps (B, h, w) as drawn by CodePrior.sample(), but without a cache of the earlier positions."""
     codes = torch.empty(len(labels), 0, dtype=torch.int64)
+    draws = torch.rand(len(labels), prior.height * prior.width, generator=generator).T            # (T, B)
     for t in range(prior.height * prior.width):
         previous = F.pad(prior.code_embedding(codes), (0, 0, 1, 0))   # (B, t + 1, E)
         x = previous + prior._condition(labels).unsqueeze(1) + prior.positions[:t + 1]
         for block in prior.blocks:
             x = block(x)
         logits = prior.head(prior.norm(x[:, -1])).float()             # (B, K)
-        codes = torch.cat([codes, sample_codes(logits, generator=generator).unsqueeze(1)], dim=1)
+        codes = torch.cat([codes, sample_codes(logits, draws[t]).unsqueeze(1)], dim=1)
     return codes.view(-1, prior.height, prior.width)

@@ -120,6 +120,18 @@ def test_prior_checks_maps_and_labels_on_the_cpu_and_moves_them(fake, monkeypatc
     prior.calibrate(maps, labels, 4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0, "top_k": 5}, {"given": 9}])
+def test_sampling_waits_once_a_batch(settings, fake, monkeypatch):
+    """For one value, at the end: whether all probabilities were finite."""
+    waits = []
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda tensor: waits.append(tensor.device.type) or True)
+    monkeypatch.setattr(CodePrior, "_in_range", lambda _, values, size: cpu_only(values).shape and size in (11, K))
+    if "given" in settings:
+        settings = {"given": torch.empty(B, settings["given"], dtype=torch.uint8)}
+    maps = on_gpu(PRIOR).eval().sample(torch.empty(B, dtype=torch.int64), generator=None, **settings)
+    assert maps.shape == (B, 7, 7) and maps.device.type == "cuda" and waits == ["cuda"]
+
+
 def test_classifier_stays_on_the_gpu(fake):
     predictions = samples.classify(on_gpu(CLASSIFIER).eval(), [gpu(B, 1, 28, 28)] * 2, Bar())
     assert predictions.digits.device.type == "cpu" and predictions.features.shape == (2 * B, 128)

@@ -79,13 +79,39 @@ def test_cached_sampling_matches_the_full_forward_pass(temperature, top_k, guida
         prior.head.weight.mul_(6)           # makes some codes improbable
     prior.tail[1:] = 5                      # makes their calibration visible
     cached = prior.sample(labels, temperature, top_k, guidance, torch.Generator().manual_seed(7))
-    generator, maps = torch.Generator().manual_seed(7), torch.zeros(5, 3, 4, dtype=torch.int64)
+    draws = torch.rand(5, 12, generator=torch.Generator().manual_seed(7))
+    maps = torch.zeros(5, 3, 4, dtype=torch.int64)
     for t in range(12):
         with torch.no_grad():
             conditional, unconditional = prior(maps, labels)[:, t], prior(maps)[:, t]
         logits = unconditional + guidance * (conditional - unconditional)
-        maps.view(5, 12)[:, t] = sample_codes(logits / temperature, top_k, generator)
+        maps.view(5, 12)[:, t] = sample_codes(logits / temperature, draws[:, t], top_k)
     assert torch.equal(cached, maps)
+    # A map and its first codes: the rest is drawn as before.
+    for count in (0, 5, 12):
+        given = cached.flatten(1)[:, :count]
+        again = prior.sample(labels, temperature, top_k, guidance, torch.Generator().manual_seed(7), given)
+        assert torch.equal(again, cached)
+    # In batches of another size too.
+    generator = torch.Generator().manual_seed(7)
+    batches = [prior.sample(batch, temperature, top_k, guidance, generator) for batch in labels.split(2)]
+    assert torch.equal(torch.cat(batches), cached)
+
+
+def test_given_codes_are_kept_and_the_others_follow_from_them():
+    prior, count = make_prior(), 20_000
+    given = torch.tensor([[2, 0]]).expand(count, 2)
+    samples = prior.sample(torch.full((count,), 1), generator=torch.Generator().manual_seed(0),
+                           given=given.to(torch.uint8))
+    assert torch.equal(samples.flatten(1)[:, :2], given) and samples.dtype == torch.int64
+    with torch.no_grad():                       # Bayes: p(map | its first codes) among all maps that begin so
+        beginning = (all_maps().flatten(1)[:, :2] == given[0]).all(dim=1)
+        joint = prior.log_prob(all_maps(), torch.full((81,), 1)).exp() * beginning
+    expected = joint / joint.sum()
+    map_numbers = (samples.view(count, 4) * torch.tensor([27, 9, 3, 1])).sum(dim=1)
+    frequencies = torch.bincount(map_numbers, minlength=81) / count
+    std = (expected * (1 - expected) / count).sqrt()
+    assert ((frequencies - expected).abs() < 5 * std + 1e-4).all()
 
 
 def test_sampled_frequencies_match_the_probabilities():
@@ -103,9 +129,29 @@ def test_sampled_frequencies_match_the_probabilities():
 
 def test_top_k_draws_only_the_most_probable_codes():
     logits = torch.tensor([[0., 3., 2., 1.], [5., 1., 4., 0.]]).repeat(500, 1)
-    samples = sample_codes(logits, top_k=2, generator=torch.Generator().manual_seed(0)).view(500, 2)
+    draws = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    samples = sample_codes(logits, draws, top_k=2).view(500, 2)
     assert set(samples[:, 0].tolist()) == {1, 2} and set(samples[:, 1].tolist()) == {0, 2}
-    assert set(sample_codes(logits, top_k=9, generator=torch.Generator().manual_seed(0)).tolist()) == {0, 1, 2, 3}
+    assert set(sample_codes(logits, draws, top_k=9).tolist()) == {0, 1, 2, 3}
+
+
+def test_codes_are_drawn_by_inverting_their_cumulative_probability():
+    """By hand, at both ends too: no code of probability 0 is drawn, first or last."""
+    logits = torch.tensor([0, 0.25, 0.5, 0, 0.25, 0]).log()
+    largest = 1 - 2**-24
+    draws, codes = [0, 0.2499, 0.2501, 0.7499, 0.7501, largest], [1, 1, 2, 2, 4, 4]
+    assert sample_codes(logits.expand(6, 6), torch.tensor(draws)).tolist() == codes
+    for scale in torch.linspace(0.1, 40, 500):          # sums that round up or down
+        skewed = torch.cat([scale * torch.randn(1, 30), torch.full((1, 5), -torch.inf)], dim=1)
+        assert sample_codes(skewed, torch.tensor([largest])) < 30
+
+
+def test_weights_that_give_no_probabilities_are_reported():
+    prior = make_prior()
+    with torch.no_grad():
+        prior.code_embedding.weight[0] = torch.nan      # seen once code 0 has been drawn
+    with pytest.raises(ValueError, match="the prior's probabilities are not finite"):
+        prior.sample(torch.arange(100) % 4)
 
 
 def test_training_learns_dependence_between_codes():
@@ -149,6 +195,9 @@ def test_invalid_arguments_error_names_the_values():
                         (lambda: prior.sample(torch.tensor([0]), temperature=0), "temperature 0"),
                         (lambda: prior.sample(torch.tensor([0]), temperature=-1), "temperature -1"),
                         (lambda: prior.sample(torch.tensor([0]), top_k=0), "top_k 0"),
+                        (lambda: prior.sample(torch.tensor([0]), given=torch.tensor([[3]])), "codes 3 to 3"),
+                        (lambda: prior.sample(torch.tensor([0]), given=torch.zeros(1, 5).long()), "(1, 0 to 4)"),
+                        (lambda: prior.sample(torch.tensor([0]), given=torch.zeros(2, 1).long()), "(1, 0 to 4)"),
                         (lambda: prior(torch.zeros(1, 2, 3, dtype=torch.int64)), "(1, 2, 3)"),
                         (lambda: prior(torch.zeros(2, 2, 2, dtype=torch.int64), torch.tensor([0])), "(2,)"),
                         (lambda: CodePrior(3, 2, 2, embedding=10, heads=4), "width 10"),
