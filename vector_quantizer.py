@@ -110,10 +110,8 @@ def _shared_offset(latents):
     if len(latents) > 256:
         sample = latents[torch.arange(256, device=latents.device) * 7919 % len(latents)]
     deviation, mean = torch.std_mean(sample, dim=0, correction=0)
-    spread = 8 * deviation.max()
-    if spread.device.type == "mps":     # which has no frexp
-        spread = spread.cpu()
-    step = torch.exp2(torch.frexp(spread).exponent.float())
+    spread = 8 * deviation.max().clamp(min=1e-30)
+    step = torch.exp2(torch.log2(spread).floor() + 1)
     return torch.nan_to_num(torch.round(mean / step) * step, nan=0, posinf=0, neginf=0)
 
 
@@ -232,10 +230,8 @@ class VectorQuantizer(nn.Module):
         codes = straight_through(flat, chosen.detach())               # (N, D), no gradient to the codebook
         codebook_loss = F.mse_loss(chosen, flat.detach())             # eq. 3, second term
         commitment_loss = F.mse_loss(flat, chosen.detach())           # eq. 3, third term / β
-        if self.training and self.ema:
-            self._update_ema(flat, indices)
-        if self.training and self.restart_after:
-            self._restart_unused(flat, positions, indices)
+        if self.training and (self.ema or self.restart_after):
+            self._update(flat, positions, indices)
 
         z_q = _from_rows(codes, shape)                                # (B, D, h, w)
         return Quantized(z_q, indices.view(shape), codebook_loss, commitment_loss)
@@ -262,26 +258,38 @@ class VectorQuantizer(nn.Module):
         self.known_initialised = True
 
     @torch.no_grad()
-    def _update_ema(self, flat, indices):
-        """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i, with N_i smoothed."""
-        ones = torch.ones_like(flat[:, 0])
-        sizes = torch.zeros_like(self.cluster_sizes).index_add_(0, indices, ones)     # (K,)
-        sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)       # (K, D)
-        self.cluster_sizes.lerp_(_all_reduce_sum(sizes), 1 - EMA_DECAY)
-        self.cluster_sums.lerp_(_all_reduce_sum(sums), 1 - EMA_DECAY)
+    def _update(self, flat, positions, indices):
+        """What a training step changes here: the averages, with ema, and the codes that have long been unused."""
+        ones = torch.ones_like(flat[:, 0], dtype=torch.float32)
+        sizes = torch.zeros(self.num_codes, device=flat.device).index_add_(0, indices, ones)      # (K,)
+        if self.ema:
+            sums = torch.zeros_like(self.cluster_sums).index_add_(0, indices, flat)   # (K, D)
+            _all_reduce_sums(sizes, sums)
+            self._update_ema(sizes.to(sums.dtype), sums)
+        else:
+            _all_reduce_sums(sizes)
+        if self.restart_after:
+            self._restart_unused(flat, positions, sizes)
+
+    def _update_ema(self, sizes, sums):
+        """One step of appendix A.1: N_i and m_i decay towards this batch, and e_i = m_i / N_i, with N_i smoothed.
+
+        sizes (K,), sums (K, D): of the latents that chose each code.
+        """
+        self.cluster_sizes.lerp_(sizes, 1 - EMA_DECAY)
+        self.cluster_sums.lerp_(sums, 1 - EMA_DECAY)
         # Laplace smoothing keeps the size of a code that nothing chooses from reaching zero.
         total = self.cluster_sizes.sum()
         smoothed = (self.cluster_sizes + LAPLACE) / (total + self.num_codes * LAPLACE) * total
         self.codebook.copy_(self.cluster_sums / smoothed.unsqueeze(1))
 
-    @torch.no_grad()
-    def _restart_unused(self, flat, positions, indices):
-        used = torch.zeros_like(self.steps_unused)
-        used[indices] = 1
-        self.steps_unused.add_(1).masked_fill_(_all_reduce_sum(used) > 0, 0)
+    def _restart_unused(self, flat, positions, sizes):
+        self.steps_unused.add_(1).masked_fill_(sizes > 0, 0)
         unused = self.steps_unused >= self.restart_after              # (K,)
-        # One candidate for each code, needed or not: counting the unused ones would wait for the GPU.
+        # One candidate for each code, needed or not: counting the unused ones would wait for a GPU.
         rows = torch.randint(len(flat) * _rank_and_world_size()[1], (self.num_codes,), device=flat.device)
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling() and not unused.any():
+            return
         self._reset_codes(unused, _gather_rows(flat, positions, rows))
         self.restarts += unused.sum()
 
@@ -308,11 +316,13 @@ def _rank_and_world_size():
     return 0, 1
 
 
-def _all_reduce_sum(tensor):
-    """Replace a tensor by its sum over all processes, and return it."""
+def _all_reduce_sums(*tensors):
+    """Replace tensors by their sums over all processes, in one message."""
     if _rank_and_world_size()[1] > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(message)
+        for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _distributed_kmeans(flat, positions, num_codes):
@@ -335,7 +345,9 @@ def _gather_rows(flat, positions, rows):
         return flat[rows]
     images = rows // positions
     own = (images % world_size == rank).unsqueeze(1)
-    return _all_reduce_sum(torch.where(own, flat[images // world_size * positions + rows % positions], 0))
+    chosen = torch.where(own, flat[images // world_size * positions + rows % positions], 0)
+    _all_reduce_sums(chosen)
+    return chosen
 
 
 # ---------------------------------------------------------------- finite scalar quantization

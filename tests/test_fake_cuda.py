@@ -73,9 +73,9 @@ def test_training_step_waits_for_nothing_and_stays_on_the_gpu(name, amp, fake):
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):        # that of CUDA needs a GPU
         output = network(x)
         losses = vqvae_losses(x, output, 0.25)
-    state = TrainState(order=torch.empty(0), sums=gpu(4, dtype=torch.float64), pending_losses=gpu(10, 4))
+    state = TrainState(order=torch.empty(0), sums=torch.empty(4, dtype=torch.float64), pending_losses=gpu(10, 4))
     state.add_step(torch.stack(tuple(losses)), B)
-    for tensor in (*losses, *output, code_counts(output.indices, K), state.sums):
+    for tensor in (*losses, *output, code_counts(output.indices, K), state.losses_since_log()):
         assert tensor.device.type == "cuda"
     assert output.indices.shape == (B, 7, 7) and output.indices.dtype == torch.int64
 

@@ -222,9 +222,14 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def all_reduce_mean(tensor):
-    """Replace a tensor by its mean over all processes, and return it."""
-    return all_reduce_sum(tensor).div_(world_size()) if world_size() > 1 else tensor
+def all_reduce_sums(*tensors):
+    """The sums of tensors over all processes, in one message, each of its own type."""
+    if world_size() == 1:
+        return tensors
+    # In float64, which holds every count.
+    message = all_reduce_sum(torch.cat([tensor.flatten().double() for tensor in tensors]))
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor).to(tensor.dtype) for tensor, part in zip(tensors, parts)]
 
 
 def all_reduce_max(number):
@@ -271,18 +276,21 @@ def data_parallel(model, function):
         return DistributedDataParallel(StepModule(model, function), broadcast_buffers=False)
 
 
-def average_batchnorm_statistics(model):
-    """Replace BatchNorm's running statistics by their means over all processes. SyncBatchNorm synchronises its own.
+def average_step(model, losses, code_counts=None):
+    """→ the means of a step's losses (L,) over all processes, and the sums of code_counts (K,), if there are any.
 
-    Call it after the backward pass, which reads them.
+    BatchNorm's running statistics become their means; SyncBatchNorm synchronises its own. One message for all. Call it
+    after the backward pass, which reads the statistics.
     """
+    if world_size() == 1:
+        return losses, code_counts
     running = [buffer for module in model.modules() if isinstance(module, nn.BatchNorm2d)
                for buffer in (module.running_mean, module.running_var)]
-    if world_size() == 1 or not running:
-        return
-    means = all_reduce_mean(torch.cat(running))                 # one message for all of them
-    for buffer, mean in zip(running, means.split([len(buffer) for buffer in running])):
-        buffer.copy_(mean)
+    counted = [] if code_counts is None else [code_counts]
+    losses, *others = all_reduce_sums(losses, *running, *counted)
+    for buffer, total in zip(running, others):
+        buffer.copy_(total / world_size())
+    return losses / world_size(), others[-1] if counted else None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class TrainState:
     """Counters, sums and records of a training with L losses a step."""
 
     order: torch.Tensor             # state of the data order's generator when the current epoch began
-    sums: torch.Tensor              # (L,), sums over the epoch's images, float64
+    sums: torch.Tensor              # (L,), sums over the epoch's images, float64, on the CPU: see sum_losses()
     pending_losses: torch.Tensor    # (LOG_EVERY, L), of the steps not logged yet, on the device
     epoch: int = 1                  # the current one
     batches: int = 0                # steps done in it
@@ -33,15 +33,27 @@ class TrainState:
     code_counts: torch.Tensor | None = None             # (K,), how often the epoch's steps chose each code (VQ-VAE)
     restarts: torch.Tensor | None = None                # the quantizer's count of codes reset in the epoch (VQ-VAE)
 
+    def __post_init__(self):
+        self._images_to_sum = []    # of each step whose losses are not in the sums yet
+
     def add_step(self, losses, images):
         """Count one more step, with its losses (L,) and its number of images."""
         self.pending_losses[self.batches % LOG_EVERY] = losses
-        self.sums += losses.to(self.sums.device).double() * images
+        self._images_to_sum.append(images)
         self.batches, self.step, self.images = self.batches + 1, self.step + 1, self.images + images
 
     def losses_since_log(self):
         """(n, L): the losses of the steps since the last log."""
         return self.pending_losses[:(self.batches - 1) % LOG_EVERY + 1 if self.batches else 0]
+
+    def sum_losses(self, losses):
+        """Add losses (n, L), those since the last log, on the CPU, to the sums, unless they are in them.
+
+        It is done when they are read anyway, at a log or a save, since a device would be waited for at every step.
+        """
+        for step_losses, images in zip(losses[len(losses) - len(self._images_to_sum):], self._images_to_sum):
+            self.sums += step_losses.double() * images
+        self._images_to_sum.clear()
 
     def mean_losses(self):
         """The L means over the epoch's images."""
@@ -56,7 +68,7 @@ class TrainState:
 
     def as_dict(self):
         """Plain values and tensors, as a checkpoint holds them."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None and not name.startswith("_")}
 
     def load(self, saved, steps_per_epoch):
         """Take over the values that as_dict() gave. Raises ValueError or KeyError if they do not fit."""

@@ -52,9 +52,9 @@ class Trainer:
         self.in_step = True                                           # else an epoch is tested
         self.environments = [environment(args.device)]                # at the start, and after each change
         speed.keep_freed_memory()
-        L, sums_device = len(loss_names), "cpu" if args.device == "mps" else args.device      # MPS has no float64
+        L = len(loss_names)
         self.state = TrainState(
-            order=generator.get_state(), sums=torch.zeros(L, dtype=torch.float64, device=sums_device),
+            order=generator.get_state(), sums=torch.zeros(L, dtype=torch.float64),
             pending_losses=torch.zeros(LOG_EVERY, L, device=args.device), **totals)
 
     # ---------------------------------------------------------------- the loop
@@ -116,11 +116,12 @@ class Trainer:
         --save-every, and ends the script, saved, if a signal has asked for it.
         """
         state = self.state
-        distributed.average_batchnorm_statistics(self.model)
         images = min(self.args.batch_size, self.num_images - state.images)
-        state.add_step(distributed.all_reduce_mean(torch.stack(tuple(losses)).detach()), images)
+        losses = torch.stack(tuple(losses)).detach()
+        losses, code_counts = distributed.average_step(self.model, losses, code_counts)
+        state.add_step(losses, images)
         if code_counts is not None:
-            state.code_counts += distributed.all_reduce_sum(code_counts)
+            state.code_counts += code_counts
         self.bar.update(images)
         if state.batches % LOG_EVERY == 0 or state.batches == self.steps_per_epoch:
             means = dict(zip(self.loss_names, self.finite_losses().mean(dim=0).tolist()))
@@ -348,6 +349,7 @@ class Trainer:
         The only host–device synchronisation of the loop.
         """
         losses, state = self.state.losses_since_log().cpu(), self.state
+        state.sum_losses(losses)
         for step, values in enumerate(losses.tolist(), state.step - len(losses) + 1):
             for name, value in zip(self.loss_names, values):
                 if not math.isfinite(value):
