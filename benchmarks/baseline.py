@@ -62,11 +62,11 @@ class DigitDataset(Dataset):
         return self.transform(Image.fromarray(np.asarray(self.images[i]), mode="L")), self.labels[i]
 
 
-def training(batch_size, num_codes=512, dim=40, beta=1.0, lr=2e-4):
+def training(batch_size, device="cpu", num_codes=512, dim=40, beta=1.0, lr=2e-4):
     """→ a function that trains for one epoch on the bundled digits and returns images/s."""
     torch.manual_seed(0)
     encoder, quantizer, decoder = Encoder(1, dim), Quantizer(num_codes, dim, full_matrix), Decoder(1, dim)
-    model = nn.ModuleList([encoder, quantizer, decoder]).apply(init_convolution)
+    model = nn.ModuleList([encoder, quantizer, decoder]).apply(init_convolution).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     loader = DataLoader(DigitDataset(), batch_size, shuffle=True, num_workers=max(0, os.cpu_count() - 1))
     writer = SummaryWriter(tempfile.mkdtemp())
@@ -76,6 +76,7 @@ def training(batch_size, num_codes=512, dim=40, beta=1.0, lr=2e-4):
         nonlocal steps
         start = time.perf_counter()
         for x, _ in loader:
+            x = x.to(device)
             z_q, _, codebook_loss, commitment_loss = quantizer(encoder(x))
             reconstruction_loss = F.mse_loss(decoder(z_q), x)
             optimizer.zero_grad()
@@ -92,13 +93,14 @@ def training(batch_size, num_codes=512, dim=40, beta=1.0, lr=2e-4):
 @torch.no_grad()
 def uncached_sample(prior, labels, generator):
     """Code maps (B, h, w) as drawn by CodePrior.sample(), but without a cache of the earlier positions."""
-    codes = torch.empty(len(labels), 0, dtype=torch.int64)
-    draws = torch.rand(len(labels), prior.height * prior.width, generator=generator).T            # (T, B)
+    labels = labels.to(prior.positions.device)
+    codes = labels.new_empty(len(labels), 0)
+    draws = torch.rand(len(labels), prior.height * prior.width, generator=generator).T.to(labels.device)      # (T, B)
     for t in range(prior.height * prior.width):
         previous = F.pad(prior.code_embedding(codes), (0, 0, 1, 0))   # (B, t + 1, E)
         x = previous + prior._condition(labels).unsqueeze(1) + prior.positions[:t + 1]
         for block in prior.blocks:
             x = block(x)
-        logits = prior.head(prior.norm(x[:, -1])).float()             # (B, K)
+        logits = prior._logits(prior.norm(x[:, -1]))                  # (B, K)
         codes = torch.cat([codes, sample_codes(logits, draws[t]).unsqueeze(1)], dim=1)
     return codes.view(-1, prior.height, prior.width)

@@ -1,7 +1,7 @@
 """Benchmarks against the usual implementation and the machine's limit: python3 benchmarks/speed.py [PART ...]
 
 Parts: training, quantizer, quality, sampling, limit. The candidates of a part are measured alternately, each in its own
-process, except for quality, which runs one training after the other.
+process, except for quality, which runs one training after the other. With --device cuda all of it is measured there.
 """
 
 import sys
@@ -24,6 +24,8 @@ def get_parser():
     shown = "(default: %(default)s)"
     parser.add_argument("parts", nargs="*", type=arguments.one_of(*PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default: all of them)")
+    parser.add_argument("--device", type=arguments.device, default="cpu",
+                        help=f"{arguments.DEVICES} {shown}")
     parser.add_argument("--rounds", type=arguments.integer(1), default=5, metavar="N",
                         help=f"measurements of each, of which the median is shown {shown}")
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
@@ -54,14 +56,15 @@ from workers import WORKERS, Worker, peak_memory, reset_peak_memory, run_rounds,
 import checkpoint
 import data
 from modules import vqvae_losses
-from utils import files
-from utils.speed import keep_freed_memory
+from utils import files, inputs
+from utils.speed import keep_freed_memory, memory_format, synchronize
 from utils.trainer import Trainer
 from vector_quantizer import VectorQuantizer
 
 D = 40
 SIZES = [(6_272, 64), (6_272, 512), (6_272, 4_096), (6_272, 16_384), (100_000, 64), (100_000, 512), (100_000, 4_096),
          (1_000_000, 64), (1_000_000, 512), (1_000_000, 8_192)]      # N latents, K codes
+LARGEST_ON_GPU = 1_000_000, 65_536
 MAX_MATRIX = 6e8                # N × K above which implementations with a full matrix are skipped: it takes gigabytes
 RECIPES = {
     "published": "--codebook-init uniform --restart-after 0",
@@ -90,8 +93,8 @@ def make_training(flags):
 
 def training(args):
     flags = {"eager": "", "--compile": "--compile", "bfloat16": "--amp", "--compile, bfloat16": "--compile --amp"}
-    workers = {"the usual way": Worker(baseline.training, 128),
-               **{name: Worker(make_training, flag) for name, flag in flags.items()}}
+    workers = {"the usual way": Worker(baseline.training, 128, args.device),
+               **{name: Worker(make_training, f"{flag} --device {args.device}") for name, flag in flags.items()}}
     speeds = run_rounds(workers, args.rounds)
     for worker in workers.values():
         worker.close()
@@ -110,7 +113,7 @@ def shape_of(N):
     return N // side**2, D, side, side
 
 
-def make_quantizer(name):
+def make_quantizer(name, device):
     """→ a function (N, K) → seconds and peak extra bytes of one forward and backward pass."""
     if name == "vector-quantize-pytorch":
         from vector_quantize_pytorch import VectorQuantize
@@ -129,18 +132,20 @@ def make_quantizer(name):
         if (N, K) not in cache:
             torch.manual_seed(0)
             cache.clear()
-            cache[N, K] = constructors[name](K), torch.randn(shape_of(N)).contiguous(memory_format=torch.channels_last)
+            z_e = torch.randn(shape_of(N)).to(device, memory_format=memory_format(device))
+            cache[N, K] = constructors[name](K).to(device), z_e
         module, z_e = cache[N, K]
         z_e = z_e.detach().requires_grad_()
-        reset_peak_memory()
-        before = peak_memory()
-        repeats = max(1, round(3e7 / (N * K)))
+        reset_peak_memory(device)
+        before = peak_memory(device)
+        repeats = max(1, round((3e7 if device == "cpu" else 3e9) / (N * K)))
         start = time.perf_counter()
         for _ in range(repeats):
             z_q, _, *losses = module(z_e)
             (z_q.sum() + sum(loss.sum() for loss in losses)).backward()
+        synchronize(device)
         seconds = (time.perf_counter() - start) / repeats
-        return seconds, before and peak_memory() - before
+        return seconds, before and peak_memory(device) - before
     return measure
 
 
@@ -151,9 +156,9 @@ def quantizer(args):
         names.append("vector-quantize-pytorch")
     except PackageNotFoundError:
         print("vector-quantize-pytorch is left out: pip install -r benchmarks/requirements.txt", file=sys.stderr)
-    workers = {name: Worker(make_quantizer, name) for name in names}
-    rows = []
-    for N, K in tqdm(SIZES, desc="sizes", leave=False, disable=None):
+    workers = {name: Worker(make_quantizer, name, args.device) for name in names}
+    rows, sizes = [], [*SIZES, LARGEST_ON_GPU] if args.device.startswith("cuda") else SIZES
+    for N, K in tqdm(sizes, desc="sizes", leave=False, disable=None):
         included = {name: worker for name, worker in workers.items()
                     if N * K <= MAX_MATRIX or name == "this repository"}
         results = run_rounds(included, args.rounds if N * K <= MAX_MATRIX else 1, N, K)
@@ -175,7 +180,8 @@ def quality(args):
     script.log_epoch = lambda *_: None
     for name in ("recommended", "published"):
         trainer, batches = prepare_training(
-            script, ["--data-folder", args.data_folder, *RECIPES[name].split()], TargetMSETrainer)
+            script, ["--data-folder", args.data_folder, "--device", args.device, *RECIPES[name].split()],
+            TargetMSETrainer)
         trainer.test_batches = batches.test
         if rows:
             trainer.max_seconds = MAX_TIME_RATIO * rows[0]["seconds"]
@@ -190,20 +196,21 @@ def quality(args):
 
 # ---------------------------------------------------------------- sampling
 
-def make_sampler(cached):
-    prior = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)[0]
+def make_sampler(cached, device):
+    prior = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)[0].to(device)
 
     def measure(count):
         labels, generator = torch.arange(count) % prior.num_classes, torch.Generator().manual_seed(0)
         start = time.perf_counter()
         for chunk in labels.split(500):
             prior.sample(chunk, generator=generator) if cached else baseline.uncached_sample(prior, chunk, generator)
+        synchronize(device)
         return time.perf_counter() - start
     return measure
 
 
 def sampling(args):
-    workers = {"cached": Worker(make_sampler, True), "uncached": Worker(make_sampler, False)}
+    workers = {"cached": Worker(make_sampler, True, args.device), "uncached": Worker(make_sampler, False, args.device)}
     rows = []
     for count, rounds in ((100, args.rounds), (10_000, 1)):
         results = run_rounds(workers, rounds, count) if count == 100 else \
@@ -219,29 +226,30 @@ def sampling(args):
 
 # ---------------------------------------------------------------- limit of the machine
 
-def make_limit(flags):
+def make_limit(device):
     """→ a function → float32 operations per second of matrix products and of training, operations per image."""
     keep_freed_memory()
-    epoch = make_training(flags)
+    epoch = make_training(f"--device {device}")
     epoch()         # K-means runs in the first epoch
-    trainer, _ = prepare_training(load_script(), ["--dataset", "MNIST-10k"], Trainer)
-    x, model = torch.randn(trainer.args.batch_size, 1, 28, 28), trainer.model
+    trainer, _ = prepare_training(load_script(), ["--dataset", "MNIST-10k", "--device", device], Trainer)
+    x, model = torch.randn(trainer.args.batch_size, 1, 28, 28, device=device), trainer.model
     model(x)
     with FlopCounterMode(display=False) as counter:
         vqvae_losses(x, model(x), beta=1.0).total.backward()
     per_image = counter.get_total_flops() / len(x)
-    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE)
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device)
 
     def measure():
         start = time.perf_counter()
         for _ in range(20):
             a @ a
+        synchronize(device)
         return 20 * 2 * len(a)**3 / (time.perf_counter() - start), per_image * epoch(), per_image
     return measure
 
 
 def limit(args):
-    worker = Worker(make_limit, "")
+    worker = Worker(make_limit, args.device)
     results = run_rounds({"eager": worker}, args.rounds)["eager"]
     worker.close()
     matmul_rate, training_rate, per_image = (statistics.median(values) for values in zip(*results))
@@ -265,9 +273,10 @@ def table(rows):
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
 
 
-def environment():
+def environment(device):
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    return {"python": platform.python_version(), **packages, "threads": torch.get_num_threads(),
+    card = {"device": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
+    return {**card, "python": platform.python_version(), **packages, "threads": torch.get_num_threads(),
             "cores": os.cpu_count(), "vector_instructions": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -282,7 +291,8 @@ def main(argv=None):
         if "quality" in parts:          # fail before the other parts have taken their minutes
             with cli.errors_name_flag("--data-folder", args.data_folder):
                 data.load("MNIST", args.data_folder)
-        report = {"about": environment()}
+        args.device = inputs.find_device(args.device)
+        report = {"about": environment(args.device)}
         print(*(f"{name} {value}" for name, value in report["about"].items()), sep=", ")
         for part in parts:
             try:

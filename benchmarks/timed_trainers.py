@@ -78,7 +78,7 @@ class TargetMSETrainer(Trainer):
         if self.state.step < self.next_test:
             return
         self.train_seconds += time.perf_counter() - self.resumed_at
-        self.mse = evaluate(self.model, self.test_batches, "cpu")[0].reconstruction
+        self.mse = evaluate(self.model, self.test_batches, self.args.device)[0].reconstruction
         self.model.train()
         if self.mse <= TARGET_MSE or self.train_seconds >= self.max_seconds:
             raise TrainingStopped

@@ -6,6 +6,7 @@ import signal
 import statistics
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 WORKERS = []            # all workers: one that still waits would keep the script from exiting
@@ -71,16 +72,20 @@ def spread(values):
     return median, (max(values) - min(values)) / median
 
 
-def peak_memory():
-    """Peak resident memory (bytes) of this process since reset_peak_memory(), or None if not on Linux."""
+def peak_memory(device="cpu"):
+    """Peak memory (bytes) of this process since reset_peak_memory(): on a GPU, or resident; or None if not on Linux."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
         return None
     return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def reset_peak_memory():
+def reset_peak_memory(device="cpu"):
     """Also returns freed memory to the system, since its reuse would not be counted."""
-    if Path("/proc/self/clear_refs").exists():
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

@@ -85,6 +85,7 @@ def train(script, *arguments, group_norm=False, send_signal=(), reference=None):
         """Replaces stop_if_asked(), which after_step() and epochs() call last."""
         trainers[:] = [run]
         if run.state.step > len(steps) + first_step:
+            run.finite_losses()                 # which adds them to the sums
             totals = {name: torch.as_tensor(value) for name, value in run.state.as_dict().items()
                       if name in ("sums", "code_counts", "images")}
             steps.append(copy.deepcopy({"state": run.model.state_dict(), "totals": totals,

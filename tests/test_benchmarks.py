@@ -60,13 +60,16 @@ class InProcessWorker:
         pass
 
 
-def test_speed_script_measures_and_reports(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_speed_script_measures_and_reports(device, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_sets = [data.Images(part.images[:640], part.labels[:640]) for part in data.load("MNIST-10k", "")]
     monkeypatch.setattr(speed, "Worker", InProcessWorker)
     monkeypatch.setattr(speed, "MATMUL_SIZE", 256)
     monkeypatch.setattr(data, "load", lambda *_: small_sets)
-    speed.main(["limit", "--rounds", "1", "--json", "speed.json"])
+    monkeypatch.setattr(speed, "SIZES", [(392, 64)])
+    monkeypatch.setattr(speed, "LARGEST_ON_GPU", (392, 128))
+    speed.main(["limit", "quantizer", "--rounds", "1", "--device", device, "--json", "speed.json"])
     output, report = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
     product, training = report["limit"]
     assert product["GFLOP_per_second"] > 0 and training["share_of_limit"] > 0
@@ -75,6 +78,8 @@ def test_speed_script_measures_and_reports(tmp_path, monkeypatch, capsys):
     conv1, conv2, blocks = 14**2 * 16 * 40, 7**2 * 16 * 40**2, 4 * 7**2 * 10 * 40**2
     expected = 2 * (3 * (2 * conv1 + 2 * conv2 + blocks) - conv1 + 49 * 512 * 41) / 1e6
     assert training["MFLOP_per_image"] == pytest.approx(expected, rel=0.01)
+    assert {row["what"] for row in report["quantizer"]} >= {"this repository", "full matrix", "torch.cdist"}
+    assert all(row["ms"] > 0 for row in report["quantizer"])
     for name, value in report["about"].items():
         assert f"{name} {value}" in output
     assert list(tmp_path.iterdir()) == [tmp_path / "speed.json"]

@@ -45,6 +45,11 @@ def bfloat16_support(device):
     return True if features.get("amx_bf16") or features.get("avx512_bf16") else None
 
 
+def synchronize(device):
+    """Wait until a device has done all that it was given."""
+    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type, lambda: None)()
+
+
 def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE_SECONDS, min_rounds=MIN_ROUNDS):
     """→ the seconds of step(), which returns a loss, and its backward pass, for each of precisions: without and with
     bfloat16 autocast.
@@ -53,7 +58,6 @@ def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE
     warms up. No random state changes.
     """
     kind, best, start, rounds = torch.device(device).type, dict.fromkeys(precisions, math.inf), time.perf_counter(), 0
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(kind, lambda: None)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
         while rounds < min_rounds or time.perf_counter() - start < seconds:
             for amp in precisions:
@@ -61,7 +65,7 @@ def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE
                 with torch.autocast(kind, torch.bfloat16, enabled=amp):
                     loss = step()
                 loss.backward()
-                synchronize()
+                synchronize(device)
                 best[amp] = min(best[amp], time.perf_counter() - begin)
             rounds += 1
     return list(best.values())

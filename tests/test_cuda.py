@@ -1,0 +1,189 @@
+"""What a GPU does, compared with the CPU; on a machine without one everything here is skipped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from distributed_helpers import RESUME, VQVAE, load_record, train_processes
+from helpers import build_trainer, import_script, run_script
+
+import checkpoint
+import data
+import testers
+from data import code_maps
+from modules import VectorQuantizedVAE, vqvae_losses
+from prior import CodePrior
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+DEVICE = "cuda"
+FLAGS = ("--dataset", "MNIST-10k", "--hidden-size", "16", "--k", "64", "--batch-size", "256", "--lr", "4e-3",
+         "--num-epochs", "2")
+CHECKS = [name for name in vars(testers) if name.startswith("test_")]
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    """Not in TF32, whose products have ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def run(*arguments, cwd):
+    result = run_script(*arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check_of_testers(name):
+    getattr(testers, name)(device=DEVICE)
+
+
+# ---------------------------------------------------------------- one step, one batch
+
+def gradient_step(model, x):
+    """→ losses and gradients of one training step, and the state after it, on the CPU."""
+    losses = vqvae_losses(x, model.train()(x), 0.25)
+    losses.total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    values = {**losses._asdict(), **gradients, **model.state_dict()}
+    return {name: value.detach().cpu() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"codebook_update": "ema"}, {"quantizer": "fsq", "levels": "8,8"}])
+def test_training_step_equals_that_of_the_cpu(settings):
+    """From latents that are far from ties: the codebook is of the first digits' own latents."""
+    x, values = data.to_model_range(data.load("MNIST-10k", "")[0][:64][0]), []
+    torch.manual_seed(0)
+    reference = VectorQuantizedVAE(1, 16, 64, **settings)
+    if not settings.get("quantizer"):
+        reference.quantizer(reference.encoder(x[:16]))          # K-means, on the CPU
+    for device in ("cpu", DEVICE):
+        model = VectorQuantizedVAE(1, 16, 64, **settings)
+        model.load_state_dict(reference.state_dict())
+        values.append(gradient_step(model.to(device), x.to(device)))
+    for name, expected in values[0].items():
+        # Of 3,136 latents a few may be as near to another code.
+        torch.testing.assert_close(values[1][name].float(), expected.float(), rtol=0.02, atol=2e-3, msg=name)
+
+
+def test_prior_has_the_same_probabilities_and_samples():
+    torch.manual_seed(0)
+    prior = CodePrior(64, 7, 7, layers=2, embedding=32, heads=2, num_shifts=9).eval()
+    torch.nn.init.normal_(prior.head.weight, std=0.2)
+    maps, labels = torch.randint(64, (50, 7, 7)), torch.arange(50) % 10
+    probabilities, sampled = [], []
+    for device in ("cpu", DEVICE):
+        prior.to(device).calibrate(maps, labels)
+        with torch.no_grad():
+            probabilities.append(prior.log_prob(maps, labels).cpu())
+        sampled.append(prior.sample(labels, generator=torch.Generator().manual_seed(0)).cpu())
+    torch.testing.assert_close(*probabilities, rtol=1e-4, atol=1e-3)
+    # A random number may fall between two codes, after which the maps differ.
+    assert (sampled[0] == sampled[1]).flatten(1).all(dim=1).float().mean() > 0.9
+
+
+def test_code_maps_and_decoded_images_are_those_of_the_cpu():
+    model, _ = checkpoint.load_model(checkpoint.PRETRAINED)
+    batches = [(data.load("MNIST-10k", "")[1][:100][0], None)]
+    maps, images = [], []
+    for device in ("cpu", DEVICE):
+        model.to(device)
+        maps.append(code_maps.encode(model, batches, device))
+        with torch.no_grad():
+            images.append(model.decode(maps[0]).cpu())
+    assert (maps[0] == maps[1]).float().mean() > 0.999
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- whole runs
+
+def test_data_set_is_held_on_the_gpu(tmp_path):
+    _, trainer, batches = build_trainer(tmp_path, *FLAGS, "--device", DEVICE)
+    images, labels = next(iter(batches.train))
+    assert images.device.type == labels.device.type == DEVICE and images.dtype == torch.uint8
+    assert next(trainer.model.parameters()).device.type == DEVICE
+
+
+def test_memory_of_a_run_is_returned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = import_script("VQ-VAE.py")
+    script.main([*FLAGS, "--device", DEVICE, "--output-folder", "first"])       # what torch itself keeps
+    before = torch.cuda.memory_allocated()
+    script.main([*FLAGS, "--device", DEVICE, "--output-folder", "second"])
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.mark.parametrize("flags", [(), ("--codebook-update", "ema"), ("--quantizer", "fsq", "--levels", "8,8")])
+def test_same_seed_gives_the_same_run(flags, tmp_path):
+    models = []
+    for name in ("first", "second"):
+        run("VQ-VAE.py", *FLAGS[:-4], *flags, "--num-epochs", "1", "--device", DEVICE, "--output-folder", name,
+            cwd=tmp_path)
+        models.append(checkpoint.load(tmp_path / "models" / name / "last.pt")["model"])
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+@pytest.fixture(scope="module")
+def trained_on_gpu(tmp_path_factory):
+    """A folder with a run on the GPU, in which resuming has moved from CPU to GPU to CPU."""
+    folder = tmp_path_factory.mktemp("cuda")
+    run("VQ-VAE.py", *FLAGS[:-1], "1", "--device", "cpu", "--output-folder", "run", cwd=folder)
+    for epochs, device in ((2, DEVICE), (3, "cpu")):
+        run("VQ-VAE.py", "--resume", "--output-folder", "run", "--num-epochs", epochs, "--device", device, cwd=folder)
+    return folder
+
+
+def test_run_resumes_on_the_other_device(trained_on_gpu, tmp_path):
+    """The errors are near those of a run on the CPU alone."""
+    run("VQ-VAE.py", *FLAGS[:-1], "3", "--output-folder", "run", cwd=tmp_path)
+    errors = [[float(line.split()[3]) for line in (folder / "models/run/track.txt").read_text().splitlines()[1:]]
+              for folder in (trained_on_gpu, tmp_path)]
+    assert len(errors[0]) == 3 and errors[0] == pytest.approx(errors[1], rel=0.2)
+    devices = [one["device"] for one in checkpoint.load(trained_on_gpu / "models/run/last.pt")["training"][
+        "environments"]]
+    assert [device.split()[0].lower() == "cpu" for device in devices] == [True, DEVICE == "cpu", True][:len(devices)]
+
+
+@pytest.mark.parametrize("flag", ["--amp", "--compile"])
+def test_faster_steps_reach_the_same_error(flag, trained_on_gpu, tmp_path):
+    run("VQ-VAE.py", *FLAGS, flag, "--device", DEVICE, "--output-folder", "fast", cwd=tmp_path)
+    errors = [float((folder / path).read_text().splitlines()[2].split()[3])
+              for folder, path in ((tmp_path, "models/fast/track.txt"), (trained_on_gpu, "models/run/track.txt"))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.25)
+
+
+def test_every_script_agrees_with_the_cpu(trained_on_gpu):
+    folder, model, shown = trained_on_gpu, "models/run/best.pt", {}
+    run("train_prior.py", "--model", model, "--num-epochs", "1", "--layers", "1", "--width", "16", "--heads", "2",
+        "--batch-size", "512", "--amp", "--device", DEVICE, cwd=folder)
+    run("train_classifier.py", "--dataset", "MNIST-10k", "--num-epochs", "1", "--device", DEVICE, cwd=folder)
+    for device in ("cpu", DEVICE):
+        name = f"{device}-result"
+        run("evaluate.py", "--model", model, "--prior", "models/run/prior.pt", "--device", device,
+            "--json", f"{name}.json", "--overwrite", cwd=folder)
+        run("codes.py", "--model", model, "--part", "test", "--output", f"{name}.npz", "--overwrite", "--device",
+            device, cwd=folder)
+        shown[device] = (json.loads((folder / f"{name}.json").read_text()), np.load(folder / f"{name}.npz")["indices"])
+    (expected, expected_codes), (found, found_codes) = shown["cpu"], shown[DEVICE]
+    assert (expected_codes == found_codes).mean() > 0.999
+    for part, values in expected.items():
+        if isinstance(values, dict):
+            for name in ("mse", "perplexity", "nats_per_code"):
+                if name in values:
+                    assert found[part][name] == pytest.approx(values[name], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_two_gpus_take_the_steps_of_one(mnist_folder, tmp_path):
+    """SyncBatchNorm has the statistics of the whole batch, NCCL sums over both."""
+    flags = (*VQVAE, "--codebook-init", "uniform", "--data-folder", mnist_folder, "--device", DEVICE)
+    expected = train_processes(1, tmp_path / "1", *flags)
+    actual = train_processes(2, tmp_path / "2", *flags, reference=tmp_path / "1" / "record-0.pt")
+    assert len(expected["steps"]) == len(actual["steps"]) == 10
+    for step, other in zip(expected["steps"], actual["steps"]):
+        for name, value in step["state"].items():
+            torch.testing.assert_close(other["state"][name].float(), value.float(), rtol=0.02, atol=2e-3, msg=name)
+    train_processes(2, tmp_path / "2", *RESUME, "--num-epochs", 2)
+    assert load_record(tmp_path / "2")["progress"]["step"] == 20
