@@ -121,6 +121,7 @@ from utils.trainer import Trainer
 from vector_quantizer import QUANTIZERS
 
 SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
+PROJECTOR_IMAGES = 1000     # those in which the codes' surroundings are looked at
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
 
 
@@ -153,30 +154,38 @@ def train(trainer, batches):
         test_losses, test_counts = evaluate(model, test_batches, args.device, args.beta)
         trainer.save_epoch(test_losses.reconstruction, test_losses._asdict())
         if distributed.is_main_process():
-            log_epoch(trainer, epoch, test_losses, test_counts, batches.shown)
+            log_epoch(trainer, epoch, test_losses, test_counts, batches)
 
 
-def log_epoch(trainer, epoch, test_losses, test_counts, shown):
+def log_epoch(trainer, epoch, test_losses, test_counts, batches):
     """The epoch's line in the track, its curves and its pictures; after the last epoch, the codebook's as well."""
     args, model, state, writer = trainer.args, trainer.model, trainer.state, trainer.writer
     train_losses, restarts = Losses(*state.mean_losses()), state.restarts.item()
-    tensorboard_logs.log_epoch(writer, epoch, test_losses, test_counts, state.code_counts.cpu(), restarts)
+    position = trainer.position() if trainer.x_axis == "images" else epoch
+    tensorboard_logs.log_epoch(writer, epoch, position, test_losses, test_counts, state.code_counts.cpu(), restarts)
     with trainer.optional("the reconstructions"):
-        tensorboard_logs.log_images(writer, model, shown, epoch)
+        tensorboard_logs.log_images(writer, model, batches.shown, epoch)
     if epoch == args.num_epochs:
         with trainer.optional("the codebook in the projector"):
-            tensorboard_logs.log_codebook(writer, model, test_counts, trainer.metadata["dataset"]["shape"], epoch)
-        tensorboard_logs.log_hparams(writer, {**hparams(args), "amp": trainer.bfloat16}, test_losses, test_counts)
+            most = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
+            tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:most][0].cpu(), epoch)
+        figures = {"best/mse": state.best, "best/epoch": state.best_epoch, "final/mse": test_losses.reconstruction,
+                   "final/codebook": test_losses.codebook, "final/commitment": test_losses.commitment,
+                   "final/perplexity": perplexity(test_counts), "final/used": int((test_counts > 0).sum())}
+        tensorboard_logs.log_hparams(writer, hparams(trainer), figures)
     trainer.add_track_line(tensorboard_logs.track_line(
         epoch, state.step, *train_losses[:3], *test_losses[:3], perplexity(test_counts),
         int((test_counts > 0).sum()), restarts, trainer.epoch_seconds()))
 
 
-def hparams(args):
-    """The arguments that a run's figures depend on."""
+def hparams(trainer):
+    """The settings that a run's figures depend on."""
+    args = trainer.args
     left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "keep_every",
                 "compile", *set(QUANTIZER_ARGUMENTS) - quantizer_settings(args).keys())
-    return {name: value for name, value in vars(args).items() if name not in left_out}
+    C, H, _ = trainer.metadata["dataset"]["shape"]
+    settings = {**vars(args), "channels": C, "image_size": H, "amp": trainer.bfloat16}
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 # ---------------------------------------------------------------- the quantizer

@@ -83,8 +83,8 @@ SAMPLES_CAPTION = "Sampled from the prior: ten of each digit"
 def read_logs(flag, path):
     """The events of a run. Raises ValueError, naming the flag, if the folder holds none of a whole epoch."""
     if path.is_dir():
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
-        if "codebook/use" in events.Tags()["histograms"]:           # logged last in an epoch, except images
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0, "images": 0}).Reload()
+        if "codebook/used" in events.Tags()["scalars"]:
             return events
     raise ValueError(f"{flag} {path}: the folder has no logs of VQ-VAE.py, or its run has not finished an epoch")
 
@@ -92,6 +92,14 @@ def read_logs(flag, path):
 def read_scalars(events, tag):
     """Steps and values of a tag, as two arrays."""
     return np.array([(event.step, event.value) for event in events.Scalars(tag)]).T
+
+
+def read_code_counts(events):
+    """How often each code was used on the test set, after the last epoch: (K,), from the projector's table."""
+    path = max(Path(events.path).glob("*/codebook/metadata.tsv"), default=None)
+    if path is None:
+        raise ValueError(f"{events.path} has no codebook in the projector: its run has not finished")
+    return np.loadtxt(path, skiprows=1, dtype=int)[:, 1]
 
 
 def read_images(events, tag):
@@ -242,13 +250,15 @@ def draw_losses(events):
     """The losses by epoch: of the training set at every logged step, of the test set after each epoch."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
-    last = events.Scalars("loss/test/total")[-1]            # an interrupted run has training steps after it
-    steps_per_epoch = max(event.step for event in events.Scalars("loss/train/total")
-                          if event.wall_time <= last.wall_time) / last.step
+    tests = events.Scalars("loss/test/total")
+    # The x axis counts images, in older logs steps. An interrupted run has training steps after its last test.
+    epoch = max(event.step for event in events.Scalars("loss/train/total")
+                if event.wall_time <= tests[-1].wall_time) / len(tests)
     for panel, (name, title) in zip(panels, LOSS_TITLES.items()):
-        steps, values = read_scalars(events, f"loss/train/{name}")
-        panel.plot(steps / steps_per_epoch, values, color=BLUE, alpha=0.6, linewidth=1, label="training")
-        panel.plot(*read_scalars(events, f"loss/test/{name}"), color=ORANGE, marker="o", markersize=4, label="test")
+        positions, values = read_scalars(events, f"loss/train/{name}")
+        panel.plot(positions / epoch, values, color=BLUE, alpha=0.6, linewidth=1, label="training")
+        panel.plot(np.arange(1, len(tests) + 1), read_scalars(events, f"loss/test/{name}")[1], color=ORANGE,
+                   marker="o", markersize=4, label="test")
         panel.set(title=title, xlabel="epoch", ylabel="loss (log scale)", yscale="log")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.legend(frameon=False)
@@ -265,7 +275,7 @@ def draw_code_use(published, ours):
             (published, by_code[0], "published", "Published codebook\n(uniform, no restarts)", GREY),
             (ours, by_code[1], "this repository", "This repository\n(K-means and restarts)", BLUE)):
         by_epoch.plot(*read_scalars(events, "codebook/used"), color=color, marker="o", markersize=4, label=name)
-        counts = np.sort(np.array(events.Histograms("codebook/use")[-1].histogram_value.bucket))[::-1]
+        counts = np.sort(read_code_counts(events))[::-1]
         used = int((counts > 0).sum())
         dead, codes = len(counts) - used, np.arange(1, len(counts) + 1)
         panel.plot(codes[:used], counts[:used], color=color, linewidth=2.5, label=f"{used} codes used")

@@ -175,19 +175,19 @@ def test_colour_images_stay_in_colour(tmp_path):
 # ---------------------------------------------------------------- curves
 
 def write_logs(folder, steps, epochs, used, K=4):
-    """Write logs of a run with one digit and made-up values: ten steps per epoch, more after the last."""
+    """Write logs of a run with one digit and made-up values: ten steps of 30 images per epoch, more after the last."""
     with SummaryWriter(folder) as writer:
         writer.add_image("images/original", np.zeros((1, 30, 242)), 0)
         for step in range(1, steps + 1):
             for name in ("total", "reconstruction", "codebook"):
-                writer.add_scalar(f"loss/train/{name}", 1 / step, step)
+                writer.add_scalar(f"loss/train/{name}", 1 / step, 30 * step)
             epoch, rest = divmod(step, 10)
             if rest == 0 and epoch <= epochs:
                 for name in ("total", "reconstruction", "codebook"):
-                    writer.add_scalar(f"loss/test/{name}", 2 / epoch, epoch)
+                    writer.add_scalar(f"loss/test/{name}", 2 / epoch, 300 * epoch)
                 writer.add_scalar("codebook/used", used, epoch)
-                writer.add_histogram_raw("codebook/use", 0, K - 1, 10, 10, 10, np.arange(K) + 0.5,
-                                         [1, 10 - used, used - 1, 0], epoch)
+                writer.add_embedding(np.zeros((K, 2)), list(enumerate([1, 10 - used, used - 1, 0])), tag="codebook",
+                                     global_step=epoch, metadata_header=["code", "used"])
     return events(folder)
 
 
@@ -224,7 +224,7 @@ def test_dead_code_counts_match_the_committed_runs():
     script, runs = import_script("docs/figures.py"), [events(ROOT / "logs_VQ-VAE" / name)
                                                       for name in ("published", "defaults")]
     for panel, run in zip(script.draw_code_use(*runs).axes[1:], runs):
-        used = int(run.Scalars("codebook/used")[-1].value)      # logged separately from the histogram
+        used = int(run.Scalars("codebook/used")[-1].value)      # logged separately from the projector's table
         used_label, dead_label = (line.get_label() for line in panel.lines)
         assert used_label == f"{used} codes used" and dead_label.startswith(f"{512 - used} dead code")
 

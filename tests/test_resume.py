@@ -73,7 +73,7 @@ def logged_values(logs):
     run = events(logs)
     readers = {"scalars": lambda tag: [(event.step, event.value) for event in run.Scalars(tag)],
                "images": lambda tag: [(event.step, event.encoded_image_string) for event in run.Images(tag)],
-               "histograms": lambda tag: [(event.step, event.histogram_value.bucket) for event in run.Histograms(tag)]}
+               }
     tags = run.Tags()
     logged = {(kind, tag): sorted(values(tag)) for kind, values in readers.items() for tag in tags[kind]}
     logged["graph"] = tags["graph"] and run.Graph()

@@ -15,18 +15,24 @@ import torch
 import torchvision
 from conftest import TRAIN_ARGS
 from helpers import bundled_digits, events, import_script, run_script, snapshot
-from PIL import Image
+from PIL import Image, ImageColor
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import checkpoint
 import data
 from metrics import evaluate, perplexity
+from utils import code_use, tensorboard_logs
 from vector_quantizer import VectorQuantizer
 
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
-FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used"}
+FINAL = {"final/mse", "final/codebook", "final/commitment", "final/perplexity", "final/used", "best/mse", "best/epoch"}
 STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256
-LOGGED_STEPS = [10, 20, 30, 36, 46, 56, 66, 72]
+LOGGED_IMAGES = [2560, 5120, 7680, 9000, 11560, 14120, 16680, 18000]            # every ten steps, and at an epoch's end
 
 
 def track(folder):
@@ -60,13 +66,13 @@ def test_event_file_has_every_tag(trained):
     assert set(tags["scalars"]) == expected | FINAL | {
         "lr", "codebook/perplexity", "codebook/used", "codebook/train/perplexity", "codebook/train/used",
         "codebook/restarts"}
-    assert set(tags["images"]) == {"images/original", "images/reconstruction"}
-    assert tags["histograms"] == ["codebook/use"] and tags["graph"]
+    assert set(tags["images"]) == {"images/original", "images/reconstruction", "codebook/use"} and tags["graph"]
     for name in LOSSES:
-        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED_STEPS
-        assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [1, 2]
+        assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED_IMAGES
+        assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [9000, 18000]
     assert [event.step for event in run.Images("images/original")] == [0]
     assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
+    assert [event.step for event in run.Images("codebook/use")] == [1, 2]
     operations = {node.op for node in run.Graph().node}
     assert any("conv" in operation for operation in operations)
 
@@ -82,7 +88,7 @@ def test_tensorboard_serves_every_tag_and_custom_chart(trained):
     try:
         address = next(found[0] for line in server.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+/", line)))
         expected = events(trained / "logs" / "run").Tags()
-        for plugin in ("scalars", "images", "histograms"):
+        for plugin in ("scalars", "images"):
             deadline = time.monotonic() + 300                  # the server starts before all logs are read
             while set((served := get_json(f"data/plugin/{plugin}/tags")).get("run", ())) != set(expected[plugin]):
                 assert time.monotonic() < deadline, (plugin, served)
@@ -91,12 +97,13 @@ def test_tensorboard_serves_every_tag_and_custom_chart(trained):
                       for category in get_json("data/plugin/custom_scalars/layout")["category"]}
         assert categories["losses"] == {
             "the three losses, training": [f"loss/train/{name}" for name in LOSSES[:3]],
-            "the three losses, test": [f"loss/test/{name}" for name in LOSSES[:3]]}
-        assert list(categories["prior"].values()) == [["prior/train", "prior/test"]]
+            "the three losses, test": [f"loss/test/{name}" for name in LOSSES[:3]],
+            "reconstruction loss, training and test": ["loss/train/reconstruction", "loss/test/reconstruction"]}
+        assert list(categories) == ["losses"]           # no empty chart for a prior that is not there
         for tag in (tag for tags in categories["losses"].values() for tag in tags):
             curves = get_json(f"data/plugin/custom_scalars/scalars?run=run&tag={tag}")["tag_to_events"]
             steps = [point[1] for point in curves.pop(tag)]
-            assert steps == (LOGGED_STEPS if "train" in tag else [1, 2]) and not curves
+            assert steps == (LOGGED_IMAGES if "train" in tag else [9000, 18000]) and not curves
     finally:
         server.kill()
         server.wait()
@@ -147,7 +154,8 @@ def test_requested_schedule_spans_the_run(tmp_path):
                         "--hidden-size", 8, "--k", 16, "--lr", 1e-3, "--lr-schedule", "cosine",
                         "--codebook-update", "ema", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    logged = {event.step: event.value for event in events(tmp_path / "logs" / "vqvae").Scalars("lr")}
+    logged = {event.step / 500: event.value for event in events(tmp_path / "logs" / "vqvae").Scalars("lr")}
+    assert list(logged) == [10, 18, 28, 36]
     for step, value in logged.items():
         assert value == pytest.approx(1e-3 * (1 + np.cos(np.pi * (step - 1) / 36)) / 2, rel=1e-4)
     last = checkpoint.load(tmp_path / "models" / "vqvae" / "last.pt")
@@ -211,15 +219,45 @@ def test_projector_has_use_and_picture_of_each_code(trained):
     assert header == "code\tused"
     codes, uses = np.array([[int(cell) for cell in row.split("\t")] for row in rows]).T
     assert codes.tolist() == list(range(512)) and uses.sum() == 1000 * 49
-    assert np.allclose(uses, events(logs).Histograms("codebook/use")[-1].histogram_value.bucket)
+    _, counts = evaluate(model, data.batches(data.load("MNIST-10k", "")[1], 500), "cpu")
+    assert np.allclose(uses, counts, atol=2)            # a latent between two codes may round to either
+    counts = torch.from_numpy(uses)
 
-    sprite = np.array(Image.open(logs / "00002" / "codebook" / "sprite.png").convert("L")).astype(int)
-    assert sprite.shape == (23 * 28, 23 * 28)                       # 23² is the smallest square of at least 512
-    for k in (0, 22, 23, 511):
+    # The mean around all places of a code; of one without a place, a map of itself.
+    sprite = np.array(Image.open(logs / "00002" / "codebook" / "sprite.png").convert("RGB")).astype(int)
+    assert sprite.shape == (23 * 28, 23 * 28, 3)                    # 23² is the smallest square of at least 512
+    x = data.to_model_range(data.load("MNIST-10k", "")[1].images)
+    with torch.no_grad():
+        output = model(x)
+    reconstructions = np.pad(output.reconstruction[:, 0], ((0, 0), (4, 4), (4, 4)), constant_values=-1)
+    most, *_, least = counts.argsort(descending=True).tolist()
+    for k in (most, int(counts.argsort()[256]), least):
+        places = torch.nonzero(output.indices == k).tolist()
         with torch.no_grad():
-            picture = model.decode(torch.full((1, 7, 7), k))[0, 0].add(1).mul(127.5).numpy()
+            expected = np.mean([reconstructions[b, 4 * i:4 * i + 12, 4 * j:4 * j + 12] for b, i, j in places], axis=0) \
+                if places else model.decode(torch.full((1, 3, 3), k))[0, 0].numpy()
         row, column = divmod(k, 23)
-        assert np.abs(sprite[28 * row:28 * row + 28, 28 * column:28 * column + 28] - picture).max() <= 1.01
+        cell = sprite[28 * row:28 * row + 28, 28 * column:28 * column + 28]
+        assert np.abs(cell[2:-2, 2:-2] - ((expected + 1) * 127.5).repeat(2, 0).repeat(2, 1)[..., None]).max() <= 1.01
+        frame = {most: [253, 231, 37], least: [209, 36, 47] if not counts[least] else [68, 1, 84]}.get(k)
+        assert frame is None or cell[0, 0].tolist() == frame
+
+
+def test_chart_of_code_use_shows_shares_and_dead_codes():
+    counts = torch.tensor([0, 90, 9, 0, 900, 1])
+    chart = code_use.draw(counts).numpy()
+    assert chart.shape == (3, code_use.CHART[1], code_use.CHART[0])
+    left, _, right, _ = code_use.MARGINS
+    bars = chart[:, :, left:code_use.CHART[0] - right]
+    blue, red = ((bars == np.array(ImageColor.getrgb(color))[:, None, None]).all(axis=0).sum(axis=0)
+                 for color in (code_use.BLUE, code_use.RED))
+    sixth = bars.shape[2] / 6
+    heights = [np.median(blue[int(i * sixth) + 2:int((i + 1) * sixth) - 2]) for i in range(6)]
+    # Shares of 0.9, 0.09, 0.009 and 0.001: equal distances on a logarithmic axis.
+    steps = -np.diff(heights[:4])
+    assert heights[4:] == [0, 0] and steps[0] == pytest.approx(steps[1], abs=2) and steps[0] > 40
+    assert red[int(4 * sixth) + 2:].all() and not red[:int(4 * sixth) - 2].any()
+    assert not (code_use.draw(torch.zeros(4, dtype=torch.int64)) == 0).all()
 
 
 def test_hparams_hold_settings_and_final_metrics(trained):
@@ -227,12 +265,30 @@ def test_hparams_hold_settings_and_final_metrics(trained):
     contents = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = {name: getattr(value, value.WhichOneof("kind")) for name, value
                 in HParamsPluginData.FromString(contents).session_start_info.hparams.items()}
+    assert settings["channels"] == 1 and settings["image_size"] == 28
     assert settings["lr"] == 4e-3 and settings["dataset"] == "MNIST-10k" and settings["codebook_update"] == "gradient"
     assert not {"data_folder", "output_folder"} & set(settings)
     final = {tag: run.Scalars(tag)[0].value for tag in FINAL}
     assert final["final/mse"] == pytest.approx(columns["test_recon"][-1], abs=1e-5)
     assert final["final/perplexity"] == pytest.approx(columns["perplexity"][-1], abs=0.1)
     assert final["final/used"] == columns["used"][-1]
+    assert final["best/mse"] == pytest.approx(min(columns["test_recon"]), abs=1e-5)
+    assert columns["test_recon"][int(final["best/epoch"]) - 1] == min(columns["test_recon"])
+
+
+def test_hparams_of_several_runs_begin_with_those_that_differ(tmp_path):
+    """As TensorBoard's own plugin reads them, with settings that a single run has."""
+    for name, settings in (("a", {"beta": 1.0, "lr": 0.1}), ("b", {"beta": 1.0, "lr": 0.2}),
+                           ("c", {"beta": 1.0, "lr": 0.2, "levels": "8,8"})):
+        with tensorboard_logs.open_writer(tmp_path / name) as writer:
+            tensorboard_logs.log_hparams(writer, settings, {"final/mse": 0.5})
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    runs = context.hparams_metadata(RequestContext(), "")
+    experiment = context.experiment_from_metadata(RequestContext(), "", True, runs, None)
+    assert [(info.name, info.differs) for info in experiment.hparam_infos] == [
+        ("lr", True), ("beta", False), ("levels", False)]
+    assert [info.name.tag for info in experiment.metric_infos] == ["final/mse"]
 
 
 def test_logged_images_are_the_test_digits(trained):
@@ -259,13 +315,11 @@ def test_checkpoints_reproduce_the_logged_metrics(trained):
         assert losses.reconstruction == pytest.approx(columns["test_recon"][epoch - 1], abs=1e-5)
         assert perplexity(counts) == pytest.approx(columns["perplexity"][epoch - 1], abs=0.2)
         assert contents["test"]["reconstruction"] == pytest.approx(losses.reconstruction, rel=1e-4)
-    histogram = events(trained / "logs" / "run").Histograms("codebook/use")[-1].histogram_value
-    assert np.allclose(histogram.bucket, counts.tolist(), atol=2)
     best = int(np.argmin(columns["test_recon"])) + 1
     assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
     last = checkpoint.load(folder / "last.pt")
     assert set(last["training"]) == {"settings", "progress", "optimizer", "schedule", "random", "bfloat16",
-                                     "environments"}
+                                     "environments", "x_axis"}
     assert all(torch.equal(last["model"][name], value) for name, value in model.state_dict().items())
 
 
@@ -304,7 +358,7 @@ def test_finished_run_is_replaced_only_with_overwrite(trained, tmp_path):
         "args.json", "best.pt", "last.pt", "model_1.pt", "track.txt", *user_files}
     assert {path.name for path in (tmp_path / "logs" / "run").iterdir() if path.is_dir()} == {"00001", "00002"}
     assert [path.name for path in (tmp_path / "logs" / "run" / "00002").rglob("*.*")] == ["mine.txt"]
-    assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 2
+    assert len(list((tmp_path / "logs" / "run").glob("events.out.tfevents.*"))) == 1
     assert track(tmp_path)["epoch"] == [1]
     paths = (folder / "models" / "run" / "model_1.pt" for folder in (trained, tmp_path))
     first, second = (checkpoint.load(path)["model"] for path in paths)

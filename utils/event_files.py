@@ -17,9 +17,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 from utils.files import remove_temporary_files, write_atomically
 
 PRIOR_SUFFIX, CLASSIFIER_SUFFIX = ".prior", ".classifier"       # of the event files of the two trainings
-LOGGED_BY_STEP = "loss/train/", "lr"        # tags; all others are logged by epoch
+# The tags of curves over the images seen; all others are logged by epoch. Earlier versions logged steps.
+BY_IMAGES = "loss/", "lr"
+BY_STEP = "loss/train/", "lr"
 # Tags that are logged once: at the end of a run, or when its file is opened.
-LOGGED_ONCE = "final/", "_hparams_/", CONFIG_SUMMARY_TAG
+LOGGED_ONCE = "final/", "best/", "_hparams_/", CONFIG_SUMMARY_TAG
 # All tags but "lr" begin with one of these. They tell a training's files from those of other programs.
 OWN_TAGS = (*LOGGED_ONCE, "loss/train/", "loss/test/", "images/", "codebook/", "prior/", "classifier/")
 EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
@@ -101,11 +103,12 @@ def remove_projector(folder):
                 empty.rmdir()
 
 
-def truncate_logs(folder, step, epoch, suffix=""):
-    """Remove what a run logged after a step and an epoch, which it is about to do again.
+def truncate_logs(folder, position, epoch, suffix="", by_position=BY_IMAGES):
+    """Remove what a run logged after an epoch, which it is about to do again; of the tags that begin with one of
+    by_position, after a position on the x axis of its own.
 
-    SummaryWriter's purge_step knows a single axis, but losses are logged by step and most of the rest by epoch. What is
-    logged at the end of a run is removed too, and what open_writer() writes again.
+    SummaryWriter's purge_step knows a single axis. What is logged at the end of a run is removed too, and what
+    open_writer() writes again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary_files(folder, EVENT_FILES)
@@ -117,7 +120,7 @@ def truncate_logs(folder, step, epoch, suffix=""):
             for event, record in read_events(path):
                 found.append(event)
                 tags = [value.tag for value in event.summary.value]
-                last = step if any(tag.startswith(LOGGED_BY_STEP) for tag in tags) else epoch
+                last = position if any(tag.startswith(by_position) for tag in tags) else epoch
                 if event.step <= last and not any(tag.startswith(LOGGED_ONCE) for tag in tags):
                     records.write(record)
         except ValueError:

@@ -43,16 +43,16 @@ class RunFiles(NamedTuple):
             if path.exists() and not path.is_file():
                 raise ValueError(f"{path} is not a regular file: move it away")
 
-    def clear(self, kind, state, resumed, former=()):
+    def clear(self, kind, state, resumed, truncate, former=()):
         """Remove what a former run has left: its files, besides those of RunFiles the `former` ones, and its logs.
 
-        Of a resumed run only the logs of what it does again, and a model of this kind that it has not written. Other
-        files stay. state: the TrainState, already saved.
+        Of a resumed run only the logs of what it does again, by truncate(folder, suffix), and a model of this kind that
+        it has not written. Other files stay. state: the TrainState, already saved.
         """
         names = [self.last.name, self.best.name, self.track.name] + ["model_*.pt", "args.json"] * bool(self.every_epoch)
         files.remove_temporary_files(self.last.parent, *names)
         if state.step:
-            event_files.truncate_logs(self.logs, state.step, state.epoch - 1, self.log_suffix)
+            truncate(self.logs, self.log_suffix)
         else:
             if not resumed or checkpoint.is_of_kind(kind, self.best):
                 self.best.unlink(missing_ok=True)

@@ -8,16 +8,17 @@ import io
 import threading
 import warnings
 from contextlib import contextmanager, redirect_stdout, suppress
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from data import grid, to_bytes, to_model_range
 from metrics import perplexity
 from modules import Losses
-from utils.event_files import EMBEDDING_TAG
+from utils import code_use
+from utils.event_files import EMBEDDING_TAG, PRIOR_SUFFIX, own_files
 from utils.files import write_atomically
 from utils.memory import images_that_fit
 
@@ -27,20 +28,22 @@ TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit
 NOT_PRINTED = "train_codebook", "train_commit", "test_codebook", "test_commit"       # the rest fits into 80 characters
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
 GRID_PIXELS = 2**20             # of the images in a grid, together
-THUMBNAIL = 32                  # pixels: the largest side of a code's image in the projector, and in the graph
+GRAPH_SIDE = 32                 # pixels: the largest side of the image that the graph is traced with
 PROJECTOR_CODES = 4096          # the most codes in the projector
-HISTOGRAM_BARS = 1024           # the most of them
-# Charts of several curves each. A folder has one layout, and may hold the logs of a VQ-VAE and of its prior.
+# Charts of several curves each, of a VQ-VAE and, by the suffix of its event files, of a prior.
 CHARTS = {
-    "losses": {f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
-               for split, title in (("train", "training"), ("test", "test"))},
-    "prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]},
+    "": {"losses": {
+        **{f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
+           for split, title in (("train", "training"), ("test", "test"))},
+        "reconstruction loss, training and test": ["Multiline", ["loss/train/reconstruction",
+                                                                 "loss/test/reconstruction"]]}},
+    PRIOR_SUFFIX: {"prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]}},
 }
 
 
 @contextmanager
 def open_writer(folder, suffix=""):
-    """A SummaryWriter for a folder, with the layout of CHARTS written.
+    """A SummaryWriter for a folder, with a layout of the CHARTS written: for its own curves, and for those there are.
 
     An OSError of its writing thread is raised where it is used next, and is not printed by the thread too.
     """
@@ -52,7 +55,10 @@ def open_writer(folder, suffix=""):
     try:
         writer = SummaryWriter(folder, filename_suffix=suffix)
         try:
-            writer.add_custom_scalars(CHARTS)
+            # A folder has one layout, the last one written, and may hold the logs of a VQ-VAE and of its prior.
+            charts = [charts for kind, charts in CHARTS.items() if kind == suffix or own_files(Path(folder), kind)]
+            if charts:
+                writer.add_custom_scalars({title: chart for part in charts for title, chart in part.items()})
             yield writer
         except BaseException:
             with suppress(OSError):
@@ -95,28 +101,27 @@ def write_track(path, lines):
 
 # ---------------------------------------------------------------- TensorBoard
 
-def log_steps(writer, step, tag, losses, lr):
-    """The mean losses of the steps since the last call, by name, and the learning rate of the latest step."""
+def log_steps(writer, position, tag, losses, lr):
+    """The mean losses of the steps since the last call, by name, and the learning rate of the latest step.
+
+    position: on the x axis of these curves, Trainer.position().
+    """
     for name, value in losses.items():
-        writer.add_scalar(f"{tag}{name}", value, step)
-    writer.add_scalar("lr", lr, step)
+        writer.add_scalar(f"{tag}{name}", value, position)
+    writer.add_scalar("lr", lr, position)
 
 
-def log_epoch(writer, epoch, test_losses, test_counts, train_counts, restarts):
-    """The test losses, how often each of K codes was used on both sets, and how many codes were restarted."""
+def log_epoch(writer, epoch, position, test_losses, test_counts, train_counts, restarts):
+    """The test losses, at a position on the x axis of the training losses; how often each of K codes was used on both
+    sets, and how many codes were restarted, by epoch.
+    """
     for name, value in test_losses._asdict().items():
-        writer.add_scalar(f"loss/test/{name}", value, epoch)
+        writer.add_scalar(f"loss/test/{name}", value, position)
     for family, counts in (("codebook", test_counts), ("codebook/train", train_counts)):
         writer.add_scalar(f"{family}/perplexity", perplexity(counts), epoch)
         writer.add_scalar(f"{family}/used", (counts > 0).sum(), epoch)
     writer.add_scalar("codebook/restarts", restarts, epoch)
-    numbers = torch.arange(len(test_counts))
-    bars = test_counts.split(-(-len(test_counts) // HISTOGRAM_BARS))          # a code each, of large codebooks several
-    writer.add_histogram_raw("codebook/use", min=0, max=len(numbers) - 1, num=test_counts.sum().item(),
-                             sum=(test_counts * numbers).sum().item(),
-                             sum_squares=(test_counts * numbers**2).sum().item(),
-                             bucket_limits=[limit - 0.5 for limit in accumulate(len(bar) for bar in bars)],
-                             bucket_counts=[bar.sum().item() for bar in bars], global_step=epoch)
+    writer.add_image("codebook/use", code_use.draw(test_counts), epoch)
 
 
 def images_in_grid(most, height, width):
@@ -141,40 +146,39 @@ def log_images(writer, model, images, epoch):
 
 def log_graph(writer, model, images):
     """The model's graph, for one of uint8 images (B, C, H, W). Leaves the model in evaluation mode."""
-    x = to_model_range(images[:1, :, :THUMBNAIL, :THUMBNAIL], next(model.parameters()).device)
+    x = to_model_range(images[:1, :, :GRAPH_SIDE, :GRAPH_SIDE], next(model.parameters()).device)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):     # of every shape that Python reads; of an error
         warnings.simplefilter("ignore")
         writer.add_graph(model.eval(), x)
 
 
 @torch.no_grad()
-def log_codebook(writer, model, counts, shape, epoch):
-    """The codebook in the embedding projector, each code with its use and the image that it decodes to.
+def log_codebook(writer, model, counts, images, epoch):
+    """The codebook in the embedding projector, each code with its use and a picture of what it stands for.
 
-    That image is the decoder's for a map of this code alone. It is square, as the projector needs: of images (C, H, W)
-    the shorter side, at most THUMBNAIL pixels. Of more than PROJECTOR_CODES codes, those used most. Leaves the model in
-    evaluation mode.
+    The picture is that of code_use.pictures_of_codes() for uint8 images (B, C, H, W), in a frame whose colour shows the
+    use. Of more than PROJECTOR_CODES codes, those used most. Leaves the model in evaluation mode.
     """
-    model.eval()
-    side = min(*shape[1:], THUMBNAIL)
-    h, w = model.map_size(side, side)
     codes = counts.topk(min(len(counts), PROJECTOR_CODES)).indices.sort().values              # (n,)
+    pictures = code_use.pictures_of_codes(model, codes, images)                               # (n, C, 3f, 3f)
     maps = codes.to(next(model.parameters()).device).view(-1, 1, 1)                           # (n, 1, 1)
-    pictures = [model.decode(batch.expand(-1, h, w)).cpu()
-                for batch in maps.split(images_that_fit(side, side, model.quantizer.dim))]
     vectors = model.quantizer.lookup(maps).flatten(1).cpu()                                   # (n, D)
     writer.add_embedding(vectors, tag=EMBEDDING_TAG, global_step=epoch,
                          metadata=list(zip(codes.tolist(), counts[codes].tolist())), metadata_header=["code", "used"],
-                         label_img=(torch.cat(pictures) + 1) / 2)
+                         label_img=code_use.framed(pictures, counts[codes]) / 255)
 
 
-def log_hparams(writer, settings, test_losses, counts):
-    """The run's settings (plain values) and its final test figures, for the HPARAMS tab. Call it last."""
-    final = {"final/mse": test_losses.reconstruction, "final/codebook": test_losses.codebook,
-             "final/commitment": test_losses.commitment, "final/perplexity": perplexity(counts),
-             "final/used": int((counts > 0).sum())}
-    writer.flush()                      # they go to a second file, which readers open after the first one
-    writer.add_hparams(settings, final, run_name=".")
+def log_hparams(writer, settings, figures):
+    """The run's settings (plain values) and its figures {tag: number}, for the HPARAMS tab. Call it last.
+
+    Without add_hparams()'s description of an experiment, TensorBoard takes one from all runs together, and then shows
+    the settings that differ first. With it, those of another run alone would be shown.
+    """
+    _, start, end = hparams(settings, figures)
+    writer.file_writer.add_summary(start)
+    writer.file_writer.add_summary(end)
+    for tag, value in figures.items():
+        writer.add_scalar(tag, value)
 
 
 def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from utils import distributed, speed, tensorboard_logs
+from utils import distributed, event_files, speed, tensorboard_logs
 from utils.environment import AFFECTS_ROUNDING, environment
 from utils.interruptions import StopSignals, explain_errors
 from utils.train_state import (
@@ -49,6 +49,7 @@ class Trainer:
         self.writer, self.bar, self.saved_models = None, None, set()
         self.steps_per_epoch = math.ceil(num_images / args.batch_size)
         self.bfloat16 = args.amp                                      # until choose_precision()
+        self.x_axis = "images"                                        # of the curves; "step" of older runs
         self.in_step = True                                           # else an epoch is tested
         self.environments = [environment(args.device)]                # at the start, and after each change
         speed.keep_freed_memory()
@@ -69,7 +70,16 @@ class Trainer:
         self.files.check_regular(former)
         if not self.args.resume:
             self.save_checkpoint()
-        self.files.clear(self.metadata["kind"], self.state, self.args.resume, former)
+        self.files.clear(self.metadata["kind"], self.state, self.args.resume, self._truncate_logs, former)
+
+    def _truncate_logs(self, folder, suffix):
+        by_position = event_files.BY_IMAGES if self.x_axis == "images" else event_files.BY_STEP
+        event_files.truncate_logs(folder, self.position(), self.state.epoch - 1, suffix, by_position)
+
+    def position(self):
+        """Where the training is on the x axis of its curves: the number of images seen; of older runs the step."""
+        state = self.state
+        return state.step if self.x_axis == "step" else (state.epoch - 1) * self.num_images + state.images
 
     @contextmanager
     def running(self):
@@ -128,7 +138,7 @@ class Trainer:
             if self.writer:
                 tensorboard_logs.check_folder_exists(self.writer.log_dir)
             if self.writer and self.step_tag:
-                tensorboard_logs.log_steps(self.writer, state.step, self.step_tag, means, self.lr)
+                tensorboard_logs.log_steps(self.writer, self.position(), self.step_tag, means, self.lr)
             self.bar.set_postfix(loss=f"{means[self.loss_names[-1]]:.4f}", refresh=False)         # the one minimised
         state.seconds = time.perf_counter() - self.epoch_start
         if self.args.save_every and state.step % self.args.save_every == 0:
@@ -266,7 +276,7 @@ class Trainer:
             "step": self.state.step, "training": {
                 "settings": vars(self.args), "progress": self.state.as_dict(), "random": random_states(),
                 "optimizer": self.optimizer.state_dict()["state"], "schedule": schedule,
-                "bfloat16": self.bfloat16, "environments": self.environments}})
+                "bfloat16": self.bfloat16, "environments": self.environments, "x_axis": self.x_axis}})
 
     def load_state(self, saved):
         """Restore a new trainer to the state in a checkpoint's contents.
@@ -285,6 +295,7 @@ class Trainer:
             self.generator.set_state(self.state.order)
             restore_random_states(training["random"])
             self.bfloat16 = bool(training.get("bfloat16", self.args.amp))       # absent in the first versions' files
+            self.x_axis = "images" if training.get("x_axis") == "images" else "step"
             self.environments = [{name: str(one.get(name, "unknown"))[:100] for name in self.environments[0]}
                                  for one in training.get("environments", [])]
             same_length = training["settings"]["num_epochs"] == self.args.num_epochs

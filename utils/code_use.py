@@ -1,0 +1,101 @@
+"""Pictures of a codebook for TensorBoard: how often its codes are used, and what each of them stands for.
+
+Letters: B images, C channels, H×W pixels, K codes, n of them shown, f pixels that a code covers in each direction.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from data import to_bytes, to_model_range
+from utils.memory import images_that_fit
+
+CHART = 640, 300                # pixels, of the chart of shares
+MARGINS = 76, 30, 14, 34        # left, top, right, bottom
+BLUE, RED, GREY = "#33638d", "#d1242f", "#808080"
+# From rarely to often used, as equally spaced colours; and of a code that is not used.
+SCALE = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+UNUSED = torch.tensor([209, 36, 47])
+MIN_SIDE, FRAME = 24, 2         # pixels, of a code's picture
+
+
+def draw(counts):
+    """A chart of K codes by how often each was chosen, counts (K,), the most used first: uint8 (3, height, width).
+
+    The shares are on a logarithmic axis; codes that were not used are marked red below it.
+    """
+    width, height = CHART
+    left, top, right, bottom = MARGINS[0], MARGINS[1], width - MARGINS[2], height - MARGINS[3]
+    picture = Image.new("RGB", CHART, "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    shares = counts.double().sort(descending=True).values / max(1, int(counts.sum()))
+    K, used = len(shares), int((shares > 0).sum())
+    shares = shares.numpy()
+    decades = range(min(-2, int(np.floor(np.log10(max(shares[used - 1], 1e-9))))) if used else -2, 1)
+
+    def y(share):
+        return bottom - (np.log10(share) - decades[0]) / len(decades[1:]) * (bottom - top)
+
+    for decade in decades:
+        pen.line([(left, y(10.0**decade)), (right, y(10.0**decade))], fill="#e0e0e0")
+        pen.text((left - 6, y(10.0**decade)), f"{100 * 10.0**decade:g} %", fill="black", anchor="rm", font=font)
+    for x in range(left, right):                # a code may be wider or narrower than a pixel
+        rank = (x - left) * K // (right - left)
+        if rank < used:
+            pen.line([(x, y(shares[rank])), (x, bottom)], fill=BLUE)
+        else:
+            pen.line([(x, bottom - 6), (x, bottom)], fill=RED)
+    for x in range(left, right, 8):
+        pen.line([(x, y(1 / K)), (x + 3, y(1 / K))], fill=GREY)
+    pen.text((right, y(1 / K) - 3), f"even use: {100 / K:.2g} %", fill=GREY, anchor="rb", font=font)
+    unused = f", {K - used:,} not (red)" if used < K else ""
+    pen.text((left, top - 10), f"{used:,} of {K:,} codes used{unused}", fill="black", anchor="lb", font=font)
+    pen.text(((left + right) / 2, height - 6), "codes, the most used first; share of the test set's latents",
+             fill="black", anchor="mb", font=font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def pictures_of_codes(model, codes, images):
+    """What each of n codes (n,) stands for, in its usual surroundings: uint8 (n, C, 3f, 3f).
+
+    The mean of the reconstructions around all places where uint8 images (B, C, H, W) have the code, f pixels more than
+    its own on each side. A code that is nowhere in them is decoded between others of its own. Leaves the model in
+    evaluation mode.
+    """
+    model.eval()
+    f, n, device = model.downsample, len(codes), next(model.parameters()).device
+    rows = torch.full((model.quantizer.num_codes,), n)          # of each code; the last row takes those not shown
+    rows[codes] = torch.arange(n)
+    sums, sizes = torch.zeros(n + 1, images.shape[1] * 9 * f**2), torch.zeros(n + 1)
+    batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
+    for batch in images.split(batch_size):
+        output = model(to_model_range(batch, device))
+        padded = F.pad(output.reconstruction.float().cpu(), (f, f, f, f), value=-1)
+        windows = F.unfold(padded, 3 * f, stride=f).transpose(1, 2).flatten(0, 1)             # (B·h·w, C·9f²)
+        places = rows[output.indices.flatten().cpu()]                                         # (B·h·w,)
+        sums.index_add_(0, places, windows)
+        sizes.index_add_(0, places, torch.ones(len(places)))
+    pictures = (sums / sizes.clamp(min=1).unsqueeze(1))[:n].view(n, -1, 3 * f, 3 * f)
+    absent = torch.nonzero(sizes[:n] == 0).flatten()
+    for some in absent.split(images_that_fit(3 * f, 3 * f, model.quantizer.dim)):
+        pictures[some] = model.decode(codes[some].view(-1, 1, 1).expand(-1, 3, 3)).cpu().float()
+    return to_bytes(pictures)
+
+
+def framed(pictures, counts):
+    """uint8 pictures (n, C, s, s), enlarged to MIN_SIDE pixels and more, in frames of a colour for counts (n,).
+
+    → uint8 (n, 3, S, S). The colour goes by rank: SCALE from the least to the most used, UNUSED for 0.
+    """
+    scale = -(-MIN_SIDE // pictures.shape[-1])
+    large = pictures.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    ranks = counts.argsort().argsort().double() / max(1, len(counts) - 1) * (len(SCALE) - 1)  # (n,), in [0, 4]
+    lower = ranks.long().clamp(max=len(SCALE) - 2)
+    colours = torch.lerp(SCALE[lower].double(), SCALE[lower + 1].double(), (ranks - lower).unsqueeze(1))
+    colours[counts == 0] = UNUSED.double()
+    S = large.shape[-1] + 2 * FRAME
+    result = colours.round().byte().view(-1, 3, 1, 1).repeat(1, 1, S, S)
+    result[:, :, FRAME:-FRAME, FRAME:-FRAME] = large
+    return result
