@@ -57,7 +57,8 @@ def test_argument_errors_need_no_heavy_imports(argv, blocked_packages, tmp_path)
     ("VQ-VAE.py", ["--dataset", "cifar-10"], "CIFAR10"), ("VQ-VAE.py", ["--codebook-update", "emma"], "ema"),
     ("train_prior.py", ["--num_epochs", "3"], "--num-epochs"), ("generate.py", ["--imput", "test"], "--input"),
     ("generate.py", ["--input", "pror"], "prior"), ("evaluate.py", ["--classifer", "x"], "--classifier"),
-    ("codes.py", ["--part", "tests", "--output", "x"], "test"), ("export.py", ["--ouput", "x"], "--output")])
+    ("codes.py", ["--part", "tests", "--output", "x"], "test"),
+    ("export.py", ["--modle", "y", "--output", "x"], "--model")])
 def test_typo_error_suggests_the_nearest_flag_or_value(script, argv, suggestion, capsys):
     with pytest.raises(SystemExit):
         import_script(script).get_parser().parse_args(argv)
