@@ -39,7 +39,7 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from prior import TAIL_FROM
 from utils import files, inputs
-from utils.memory import images_that_fit, items_that_fit, maps_that_fit
+from utils.memory import images_that_fit, is_out_of_memory, items_that_fit, maps_that_fit
 
 BATCH_SIZES = 1, 7, 100         # at which every file is checked
 TOLERANCE = 1e-5                # times the largest value, if that is above 1
@@ -59,15 +59,14 @@ TIE = 1e-5                      # a latent that is moved by so much of its size 
 METADATA = "metadata.json"      # the name of the metadata in both kinds of file
 
 
-# ---------------------------------------------------------------- what is exported
 # Letters: B images, C channels, H×W pixels, h×w codes of one map, T = h·w, K codes, N = B·h·w latents, D their size.
 
 class Encode(nn.Module):
     """Images (B, C, H, W) in [-1, 1] → code indices (B, h, w)."""
 
-    def __init__(self, model):
+    def __init__(self, encoder, quantizer):
         super().__init__()
-        self.encoder, self.quantizer = model.encoder, model.quantizer
+        self.encoder, self.quantizer = encoder, quantizer
 
     def forward(self, images):
         return self.quantizer.encode(self.encoder(images))
@@ -76,9 +75,9 @@ class Encode(nn.Module):
 class Decode(nn.Module):
     """Code indices (B, h, w) → images (B, C, H, W) in [-1, 1]. The range of the indices is not checked."""
 
-    def __init__(self, model):
+    def __init__(self, quantizer, decoder):
         super().__init__()
-        self.decoder, self.quantizer = model.decoder, model.quantizer
+        self.quantizer, self.decoder = quantizer, decoder
 
     def forward(self, indices):
         return self.decoder(self.quantizer.lookup(indices))
@@ -94,6 +93,12 @@ def nearest_in_one_product(flat, codebook):
     codes = codebook - offset                                         # (K, D)
     scores = codes.square().sum(dim=1) - 2 * (flat.float() - offset) @ codes.T        # (N, K)
     return scores.argmin(dim=1)
+
+
+# Operators by what they are replaced with. ONNX shifts no signed integers.
+DECOMPOSITIONS = {torch.ops.vector_quantizer.nearest.default: nearest_in_one_product,
+                  torch.ops.aten.__lshift__.Tensor: lambda x, bits: x * 2**bits,
+                  torch.ops.aten.__rshift__.Tensor: lambda x, bits: x // 2**bits}
 
 
 class Part(NamedTuple):
@@ -118,10 +123,7 @@ def tied_codes(model, given, found):
 
 
 def at_bin_edges(prior, given, found):
-    """Which logits (B, T, K) have a probability so close to the edge of a calibration bin that it may round to either.
-
-    The calibration adds a number to each logit, by the bin of its log-probability.
-    """
+    """Which logits (B, T, K) may get the calibration of either of two bins: their log-probability is between both."""
     uncalibrated = deepcopy(prior)
     uncalibrated.tail.zero_()
     depth = -uncalibrated(*given).log_softmax(dim=-1) - TAIL_FROM
@@ -129,21 +131,20 @@ def at_bin_edges(prior, given, found):
 
 
 def parts_of(model, prior, image_shape):
-    """The Parts of a model, and of its prior if that is not None. They are checked on the images of random codes.
-
-    A prior takes indices (B, h, w) and labels (B,) to logits (B, T, K), calibrated as CodePrior.sample() uses them.
-    """
+    """The Parts of a model, and of its prior if that is not None. They are checked on the images of random codes."""
     _, H, W = image_shape
     h, w = model.map_size(H, W)
     generator, most = torch.Generator().manual_seed(0), images_that_fit(H, W, model.quantizer.dim)
     indices = torch.randint(model.quantizer.num_codes, (max(BATCH_SIZES), h, w), generator=generator)
-    decode = Decode(model).eval()
+    decode = Decode(model.quantizer, model.decoder).eval()
     images = torch.cat([decode(batch) for batch in indices.split(most)])
-    parts = [Part("encoder", Encode(model).eval(), {"images": images[:most]}, "indices", partial(tied_codes, model),
+    parts = [Part("encoder", Encode(model.encoder, model.quantizer).eval(),
+                  {"images": images[:most]}, "indices", partial(tied_codes, model),
                   "where two codes are equally near but for rounding"),
              Part("decoder", decode, {"indices": indices[:most]}, "images")]
     if prior:
         most = min(maps_that_fit(prior), items_that_fit(8 * h * w * model.quantizer.num_codes))
+        # Its logits (B, T, K) are calibrated, as CodePrior.sample() uses them.
         labels = torch.arange(len(indices)) % (prior.num_classes + 1)
         parts.append(Part("prior", prior, {"indices": indices[:most], "labels": labels[:most]},
                           "logits", partial(at_bin_edges, prior), "at the edge of a bin of the calibration"))
@@ -158,11 +159,20 @@ def quiet():
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+
+
+def first_line(error):
+    """Of the message of the first cause of an error; torch lets a page follow. Raises it if memory has run out."""
+    if is_out_of_memory(error):
+        raise error
+    while error.__cause__:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def trace(part):
@@ -173,10 +183,9 @@ def trace(part):
     try:
         program = torch.export.export(part.module, example, strict=True,
                                       dynamic_shapes=tuple({0: batch} for _ in example))
-        program = program.run_decompositions({torch.ops.vector_quantizer.nearest.default: nearest_in_one_product})
+        program = program.run_decompositions(DECOMPOSITIONS)
     except Exception as error:              # a quantizer may do what torch cannot trace, with any kind of error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"torch.export cannot trace its {part.name}: {reason}") from error
+        raise ValueError(f"torch.export cannot trace its {part.name}: {first_line(error)}") from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)      # which names the folders of this machine
@@ -198,15 +207,13 @@ def as_onnx(program, part, metadata):
         exported = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False,
                                      input_names=list(part.inputs), output_names=[part.output])
     except Exception as error:              # of any kind, as in trace()
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"torch.onnx cannot convert its {part.name}: {reason}") from error
+        raise ValueError(f"torch.onnx cannot convert its {part.name}: {first_line(error)}") from error
     proto = exported.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]          # where in the code it comes from, with the folders of this machine
         node.ClearField("doc_string")
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        del value.metadata_props[:]
     for value in (*proto.graph.input, *proto.graph.output):
+        del value.metadata_props[:]
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del proto.graph.value_info[:]           # shapes of intermediate results, in terms of the former name of the batch
     onnx.helper.set_model_props(proto, {METADATA: metadata})
@@ -232,8 +239,7 @@ def check(part, run):
 
     Raises ValueError if they differ by more than rounding.
     """
-    fit = len(next(iter(part.inputs.values())))
-    largest, elements, tied = 0.0, 0, 0
+    fit, largest, elements, tied = len(next(iter(part.inputs.values()))), 0.0, 0, 0
     for size in sorted({min(size, fit) for size in BATCH_SIZES}):
         given = [value[:size] for value in part.inputs.values()]
         expected, found = part.module(*given), run(*given)
@@ -303,14 +309,13 @@ def export(args):
     prior = classes = None
     if args.prior or Path(contents["path"]).with_name("prior.pt").exists():
         prior, classes, _ = inputs.open_prior(args, model, contents)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         requirements = files.typed_path("requirements-export.txt")
         raise ValueError(f"no {', '.join(missing)}: install what export.py needs with pip install -r {requirements}")
     folder = Path(args.output)
     with cli.errors_name_flag("--output", folder):
         outputs = open_outputs(folder, args.overwrite, ("encoder", "decoder", *(["prior"] if prior else [])))
-    with cli.errors_name_flag("--model", path), quiet():
+    with cli.errors_name_flag("--model", path):
         written = make_files(model, prior, contents, classes)
     for name, (file, result) in written.items():
         with cli.errors_name_flag("--output", folder):
@@ -323,13 +328,13 @@ def make_files(model, prior, contents, classes):
     parts, made = parts_of(model, prior, contents["dataset"]["shape"]), {}
     with tqdm(total=2 * len(parts), desc="exporting", unit="file", leave=False, disable=None) as bar:
         for part in parts:
-            metadata, program = describe(part, model, prior, contents, classes), trace(part)
-            for suffix, file, run in ((".pt2", as_pt2(program, metadata), run_pt2),
-                                      (".onnx", as_onnx(program, part, metadata), run_onnx)):
-                name = part.name + suffix
-                with cli.errors_name_flag("the exported file", name):
-                    made[name] = file, check(part, run(file))
-                bar.update()
+            with quiet():
+                metadata, program = describe(part, model, prior, contents, classes), trace(part)
+                for suffix, file, run in ((".pt2", as_pt2(program, metadata), run_pt2),
+                                          (".onnx", as_onnx(program, part, metadata), run_onnx)):
+                    with cli.errors_name_flag("the exported file", part.name + suffix):
+                        made[part.name + suffix] = file, check(part, run(file))
+                    bar.update()
     return made
 
 

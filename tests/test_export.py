@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, bundled_digits, expect_usage_error, import_script, run_command, run_script, snapshot
 
 import checkpoint
+import vector_quantizer
 from modules import VectorQuantizedVAE
 from prior import CodePrior
 
@@ -159,13 +160,17 @@ def test_output_is_one_line_for_each_file(exported):
 SETTINGS = {
     "fsq": ({"channels": 3, "hidden_size": 8, "num_codes": 40, "downsample": 8, "quantizer": "fsq", "levels": "8,5"},
             [3, 32, 32]),
-    "ema": ({"hidden_size": 8, "num_codes": 20, "codebook_update": "ema", "codebook_init": "uniform"}, [1, 12, 20])}
+    "sign": ({"hidden_size": 8, "num_codes": 16, "quantizer": "sign"}, [1, 12, 20])}
 
 
 @needs_packages
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_quantizers_and_sizes_are_exported(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vector_quantizer, "SignQuantizer", None, raising=False)
+    monkeypatch.setitem(vector_quantizer.QUANTIZERS, "sign", None)              # removed again after the test
+    page = (ROOT / "docs" / "your-own-quantizer.md").read_text()
+    exec(re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1], vars(vector_quantizer))
     config, shape = SETTINGS[name]
     torch.manual_seed(0)
     model = VectorQuantizedVAE(**config).eval()
@@ -180,8 +185,24 @@ def test_other_quantizers_and_sizes_are_exported(name, tmp_path, monkeypatch, ca
     with torch.no_grad():
         assert torch.equal(encode(x), model.encode(x))
         assert (decode(encode(x)) - model(x).reconstruction).abs().max() < 1e-5
-    if name == "ema":
+    if name == "sign":
         check_what_is_replaced(script, words, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("update", vector_quantizer.CODEBOOK_UPDATES)
+@torch.no_grad()
+def test_traced_codebook_search_matches_its_blocks(update):
+    """With latents that share an offset, and with codes that coincide: the first one wins."""
+    torch.manual_seed(0)
+    script, model = import_script("export.py"), VectorQuantizedVAE(1, 8, 33, codebook_update=update).eval()
+    model.quantizer.codebook.data = torch.randn(33, 8) + 1000
+    model.quantizer.codebook.data[20] = model.quantizer.codebook[3]
+    part = script.parts_of(model, None, [1, 12, 20])[0]
+    z_e = torch.randn(50, 8, 3, 5) + 1000
+    z_e[:, :, 0, 0] = model.quantizer.codebook[20]
+    module = script.Encode(torch.nn.Identity(), model.quantizer).eval()
+    found = script.trace(part._replace(module=module, inputs={"images": z_e})).module()(z_e)
+    assert torch.equal(found, model.quantizer.encode(z_e)) and (found[:, 0, 0] == 3).all()
 
 
 def check_what_is_replaced(script, words, folder, capsys):
