@@ -43,7 +43,7 @@ test-processors: .venv/ready-dev
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-.venv/ready-dev: requirements-dev.txt .venv/ready
+.venv/ready-dev: requirements-dev.txt requirements-export.txt .venv/ready
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 

@@ -1,9 +1,10 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
 `--input test` reconstructs 100 test images of the model's data set, the path of an image or of a folder your own; with
---originals at most 50 of them, each row below its originals. `--input prior` samples new images from the prior, equally
-many of each class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized. Without
---model it uses the shipped one.
+--originals at most 50 of them, each row below its originals. `--complete 3` keeps the upper three rows of codes of ten
+such images, and has the prior draw the others. `--input prior` samples new images from the prior, equally many of each
+class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized. Without --model it uses
+the shipped one.
 """
 
 if __name__ == "__main__":
@@ -40,10 +41,15 @@ def get_parser():
     parser.add_argument("--invert", action="store_true",
                         help="with your own images as input: dark becomes light, for ink on paper and a model that "
                              "learned light on dark, as MNIST is (default: images as they are)")
-    group = parser.add_argument_group("with --input prior")
+    group = parser.add_argument_group("with --input prior or --complete")
+    group.add_argument("--complete", type=arguments.integer(0), metavar="ROWS",
+                       help="with images as input: keep the upper ROWS rows of each image's code map and sample the "
+                            "others; writes a row for each of ten images, the image itself and ten completions of it "
+                            "(default: only reconstructions)")
     cli.add_sampling_arguments(group, without="prior.pt beside the model")
     group.add_argument("--label", metavar="CLASS",
-                       help="sample only this class, by its number or its name (default: equally many of each)")
+                       help="sample only this class, by its number or its name (default: equally many of each; with "
+                            "--complete no class, so that the codes kept alone decide)")
     return parser
 
 
@@ -57,10 +63,15 @@ def input_source(text):
 
 def check_arguments(parser, args):
     """End with an error if arguments contradict each other."""
-    if args.input != "prior":
-        parser.check_unused(args, (*cli.SAMPLING_ARGUMENTS, "label"), "is used only with --input prior, add it")
+    if args.input != "prior" and args.complete is None:
+        parser.check_unused(args, (*cli.SAMPLING_ARGUMENTS, "label"),
+                            "is used only with --input prior or --complete, add one of them")
+    if args.complete is not None:
+        parser.check_unused(args, ("originals",), "has no effect with --complete, which shows them: leave it out")
+        if args.label is None:
+            parser.check_unused(args, ("guidance",), "is towards a class, add one with --label")
     if args.input in ("random", "prior"):
-        parser.check_unused(args, ("originals",), f"is used with images as --input, not with {args.input}")
+        parser.check_unused(args, ("originals", "complete"), f"is used with images as --input, not with {args.input}")
     if not isinstance(args.input, Path):
         parser.check_unused(args, ("invert",), f"is used with the path of images as --input, not with {args.input}")
     if args.input not in ("test", "MNIST"):
@@ -84,25 +95,25 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import data
-from data import image_file, image_folder
+from data import code_maps, image_file, image_folder
 from metrics import samples
 from utils import files, inputs
 from utils.memory import images_that_fit
 
 
-def test_images(args, contents, path, generator):
-    """100 images of the test set, chosen by generator: uint8 (100, C, H, W)."""
+def test_images(args, contents, path, count, generator):
+    """Images of the test set, chosen by generator: uint8 (count, C, H, W)."""
     dataset, _, test_set = inputs.open_data(args, contents)
     if test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
                          f"those of the data set {test_set.shape}")
-    rows = torch.randperm(len(test_set), generator=generator)[:ROWS**2].tolist()
+    rows = torch.randperm(len(test_set), generator=generator)[:count].tolist()
     batches = data.batches(Subset(test_set, rows), ROWS, num_workers=args.num_workers)
     return torch.cat([images for images, _ in batches])
 
 
-def own_images(path, shape, generator):
-    """The image at a path, or up to 100 of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
+def own_images(path, shape, most, generator):
+    """The image at a path, or as many as `most` of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
     C, H, W = shape
     with cli.errors_name_flag("--input", path):
         if not path.is_dir() and not path.is_file():
@@ -118,8 +129,8 @@ def own_images(path, shape, generator):
 
         paths, images = image_folder.list_files(path), []
         order = torch.randperm(len(paths), generator=generator).tolist()
-        while order and len(images) < ROWS**2:
-            count = ROWS**2 - len(images)
+        while order and len(images) < most:
+            count = most - len(images)
             for image in image_folder.map_in_threads(read, [paths[row] for row in order[:count]]):
                 if isinstance(image, ValueError):
                     print(f"left out: {cli.printable(str(image))}", file=sys.stderr)
@@ -163,6 +174,38 @@ def sample_prior(model, contents, generator, args):
         return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device, bar)
 
 
+def complete(model, contents, images, generator, args):
+    """Each of uint8 images (B, C, H, W), followed by ten completions of it: (11·B, C, H, W).
+
+    They have the codes of the image in the upper args.complete rows, and others from the prior below. Raises ValueError
+    if there are not so many rows, or the prior needs a class and none is given.
+    """
+    prior, classes, path = inputs.open_prior(args, model, contents)
+    if args.complete > prior.height:
+        raise ValueError(f"--complete {args.complete}: the model's code maps have {prior.height} rows")
+    if args.label is None and not prior.drop_label:
+        raise ValueError(f"--complete {args.complete}: the prior in {path} was trained with --drop-label 0 and knows "
+                         "no images without a class: give one with --label")
+    label = prior.num_classes if args.label is None else class_number(args.label, classes)
+    batches = images.split(images_that_fit(*images.shape[2:], model.quantizer.dim))
+    maps = code_maps.encode(model, [(batch, None) for batch in batches], args.device)           # (B, h, w)
+    maps = maps.repeat_interleave(ROWS, dim=0)                                                  # (10·B, h, w)
+    given = maps.flatten(1)[:, :args.complete * prior.width]
+    with tqdm(total=len(maps), desc="sampling", unit="img", leave=False, disable=None) as bar:
+        maps = samples.sample_maps(prior, torch.full((len(maps),), label), cli.sampling_arguments(args), generator,
+                                   args.device, bar, given)
+    completed = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
+    return torch.cat([images.unsqueeze(1), completed.unflatten(0, (-1, ROWS))], dim=1).flatten(0, 1)
+
+
+def reconstruct(model, images, args):
+    """uint8 images (B, C, H, W) → their reconstructions, with --originals those as well."""
+    batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
+    reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
+                                 for batch in images.split(batch_size)])
+    return interleaved(images, reconstructions) if args.originals else reconstructions
+
+
 def class_number(text, classes):
     """The class with this name or number. Raises ValueError if there is none."""
     if text in classes:
@@ -176,9 +219,10 @@ def class_number(text, classes):
 
 def input_images(args, contents, path, generator):
     """The images that --input names, as the model is to see them: uint8 (B, C, H, W)."""
+    most = ROWS**2 if args.complete is None else ROWS
     if not isinstance(args.input, Path):
-        return test_images(args, contents, path, generator)
-    images = own_images(args.input, contents["dataset"]["shape"], generator)
+        return test_images(args, contents, path, most, generator)
+    images = own_images(args.input, contents["dataset"]["shape"], most, generator)
     if args.invert:
         return 255 - images
     if contents["dataset"]["name"] in data.LIGHT_ON_DARK:
@@ -213,11 +257,12 @@ def generate(args):
         images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
     else:
         images = input_images(args, contents, path, generator)
-        batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
-        reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
-                                     for batch in images.split(batch_size)])
-        images = interleaved(images, reconstructions) if args.originals else reconstructions
-    png = grid_as_png(images, min(ROWS, len(images) // 2 if args.originals else ROWS))
+        if args.complete is None:
+            images = reconstruct(model, images, args)
+        else:
+            images = complete(model, contents, images, generator, args)
+    columns = ROWS if args.complete is None else 1 + ROWS
+    png = grid_as_png(images, min(columns, len(images) // 2) if args.originals else columns)
     with cli.errors_name_flag("--filename", name):
         picture.write(png)
     print(picture.path)

@@ -95,7 +95,7 @@ def _nearest(flat: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 # The same as one operation of a compiled graph, which would otherwise hold every block.
 _nearest_op = torch.library.custom_op("vector_quantizer::nearest", _nearest, mutates_args=())
-_nearest_op.register_fake(lambda flat, codebook: flat.new_empty(len(flat), dtype=torch.int64))
+_nearest_op.register_fake(lambda flat, codebook: flat.new_empty(flat.shape[0], dtype=torch.int64))
 
 
 def _shared_offset(latents):
@@ -169,12 +169,15 @@ def _from_rows(codes, shape):
 def check_indices(indices, num_codes):
     """The indices as int64. Raises ValueError unless they are integers in [0, K).
 
-    Those on a GPU are not read, which would wait for it: check them on the CPU, where they come in.
+    Those on a GPU are not read, which would wait for it: check them on the CPU, where they come in. Nor are they read
+    in a compiled or exported graph, which cannot branch on values.
     """
     if indices.dtype not in INTEGERS:
         raise ValueError(f"indices are integers, not {indices.dtype}")
     indices = indices.long()
-    if indices.device.type == "cpu" and indices.numel() and not 0 <= indices.min() <= indices.max() < num_codes:
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+        return indices
+    if not 0 <= indices.min() <= indices.max() < num_codes:
         raise ValueError(f"indices {indices.min()} to {indices.max()} leave [0, {num_codes})")
     return indices
 

@@ -42,14 +42,16 @@ def decode_batches(model, maps):
 
 
 @torch.no_grad()
-def sample_maps(prior, labels, sampling, generator, device, bar=None):
+def sample_maps(prior, labels, sampling, generator, device, bar=None, given=None):
     """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_type().
 
     sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
+    given (N, n) are the first n codes of each map, which are kept.
     """
-    maps, dtype = [], smallest_type(prior.num_codes)
-    for batch in labels.split(samples_that_fit(prior)):
-        maps.append(prior.sample(batch.to(device), **sampling, generator=generator).to(dtype).cpu())
+    maps, dtype, size = [], smallest_type(prior.num_codes), samples_that_fit(prior)
+    given = torch.empty(len(labels), 0, dtype=dtype) if given is None else given
+    for batch, first in zip(labels.split(size), given.split(size)):
+        maps.append(prior.sample(batch.to(device), **sampling, generator=generator, given=first).to(dtype).cpu())
         if bar is not None:
             bar.update(len(batch))
     return torch.cat(maps)

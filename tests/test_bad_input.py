@@ -57,7 +57,7 @@ INVALID += [("train_prior.py", flag, value) for flag in ("--dropout", "--drop-la
 INVALID += [("train_prior.py", "--shift", "-1"), ("train_prior.py", "--lr", "0"), ("train_prior.py", "--device", "gpu"),
             ("train_classifier.py", "--num-epochs", "0"), ("train_classifier.py", "--device", "gpu"),
             ("train_classifier.py", "--dataset", "ImageNet"), ("evaluate.py", "--seed", "-1"),
-            ("codes.py", "--part", "all")]
+            ("codes.py", "--part", "all"), ("export.py", "--output", "")]
 
 
 @pytest.mark.parametrize("script, flag, value", INVALID)
@@ -230,7 +230,8 @@ def test_unwritable_folder_is_rejected(script, locked, arguments, folder, model)
 @pytest.mark.skipif(not os.path.exists("/dev/zero") or not hasattr(os, "mkfifo"), reason="no devices and pipes")
 @pytest.mark.parametrize("words", ["evaluate.py --model {}", "generate.py --input {}",
                                    "generate.py --input prior --prior {}", "evaluate.py --prior {}",
-                                   "codes.py --output images.npz --decode {}"])
+                                   "codes.py --output images.npz --decode {}", "export.py --output new --model {}",
+                                   "export.py --output new --prior {}"])
 def test_devices_and_pipes_are_not_read(words, folder, capsys):
     os.mkfifo("pipe")
     for path in ("/dev/zero", "pipe"):

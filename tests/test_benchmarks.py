@@ -4,11 +4,12 @@ import functools
 import json
 import math
 import operator
+import re
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, expect_usage_error, run_script
+from helpers import ROOT, expect_usage_error, import_script, run_script
 
 import checkpoint
 import data
@@ -148,6 +149,18 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         quantizers.main([*flags, "--num-epochs", "2"])
     assert "--folder quantizers: quantizers/results.json holds results of other settings" in capsys.readouterr().err
+
+
+def test_completions_benchmark_reports_every_number_of_rows(capsys):
+    import_script("benchmarks/completions.py").main(["--dataset", "MNIST-10k", "--images", "30"])
+    lines = re.findall(r"^\| (\d) of 7 \| ([\d.]+) % ± ([\d.]+) % \|$", capsys.readouterr().out, re.MULTILINE)
+    shares = [float(share) / 100 for _, share, _ in lines]
+    assert [int(rows) for rows, _, _ in lines] == list(range(8))
+    assert shares[0] < 0.4 and shares[3] > 0.5 and shares[7] > 0.9
+    for share, (_, _, error) in zip(shares, lines):
+        assert 100 * math.sqrt(share * (1 - share) / 30) == pytest.approx(float(error), abs=0.06)
+    line = expect_usage_error("benchmarks/completions.py", ["--guidance", "2"], capsys)
+    assert "--guidance 2.0: is towards a class, and none is given here" in line
 
 
 def test_adapted_quantizers_keep_the_contract():

@@ -5,11 +5,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, expect_usage_error, readme_commands, run_script
+from helpers import bundled_digits, expect_usage_error, import_script, readme_commands, run_script, snapshot
 from PIL import Image
 
 import checkpoint
 import data
+from metrics import samples
 
 SIDE = 10 * 28 + 11 * 2         # ten digits, separated by two pixels
 
@@ -160,3 +161,82 @@ def test_generate_accepts_another_data_set(folder, mnist_folder):
     errors = np.square(cells(grid)[:, None] - test_set.images.squeeze(1).numpy().astype(int)[None]).mean(axis=(2, 3))
     chosen = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:100].numpy()
     assert (errors.argmin(axis=1) == chosen).mean() > 0.9
+
+
+# ---------------------------------------------------------------- completions
+
+@pytest.fixture
+def complete(tmp_path, monkeypatch):
+    """A function that runs generate.py --complete with the shipped prior → picture, labels and maps of its samples."""
+    monkeypatch.chdir(tmp_path)
+    found, sample_maps = {}, samples.sample_maps
+
+    def keep(prior, labels, *given):
+        found["labels"], found["maps"] = labels, sample_maps(prior, labels, *given)
+        return found["maps"]
+
+    def run(rows, *words):
+        import_script("generate.py").main(["--complete", str(rows), "--filename", "x", "--overwrite", *map(str, words)])
+        return np.array(Image.open("generatedImages/x.png").convert("L")).astype(int), found["labels"], found["maps"]
+
+    monkeypatch.setattr(samples, "sample_maps", keep)
+    return run
+
+
+DIGITS = ("--dataset", "MNIST-10k")
+
+
+@torch.no_grad()
+def test_completions_keep_the_codes_of_the_upper_rows(complete):
+    chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:10].numpy()
+    originals = bundled_digits()[0][9000:][chosen]
+    model, _ = checkpoint.load_model(checkpoint.PRETRAINED)
+    x = data.to_model_range(torch.from_numpy(originals).unsqueeze(1))
+    codes, reconstructions = model.encode(x), data.to_bytes(model(x).reconstruction).squeeze(1).numpy().astype(int)
+    for rows in (0, 3, 7):
+        grid, labels, maps = complete(rows, *DIGITS)
+        assert (labels == 10).all() and maps.shape == (100, 7, 7)     # no class: none is given away
+        maps = maps.view(10, 10, 7, 7)                                # of each image, ten
+        assert (maps[:, :, :rows] == codes.unsqueeze(1)[:, :, :rows]).all()
+        different = (maps[:, :, rows:] != codes.unsqueeze(1)[:, :, rows:]).float()
+        assert rows == 7 or different.mean() > 0.3
+        assert grid.shape == (SIDE, SIDE + 30)
+        pictures = np.array([[grid[2 + 30 * i:, 2 + 30 * j:][:28, :28] for j in range(11)] for i in range(10)])
+        assert np.array_equal(pictures[:, 0], originals)
+        # With all codes kept, the completions are the reconstruction.
+        assert (np.abs(pictures[:, 1:] - reconstructions[:, None]).max() <= 1) == (rows == 7)
+
+
+def test_completions_depend_on_seed_class_and_temperature(complete):
+    first, _, maps = complete(3, *DIGITS)
+    assert np.array_equal(complete(3, *DIGITS)[0], first)
+    assert not np.array_equal(complete(3, *DIGITS, "--seed", 1)[0], first)
+    _, labels, others = complete(3, *DIGITS, "--label", 4, "--guidance", 2, "--temperature", 0.5, "--top-k", 1)
+    assert (labels == 4).all() and torch.equal(others[:, :3], maps[:, :3]) and not torch.equal(others, maps)
+    others = others.view(10, 10, 7, 7)
+    assert torch.equal(others, others[:, :1].expand_as(others))       # the most probable code each time
+
+
+def test_one_image_gets_a_single_row_of_completions(complete, tmp_path):
+    digit = bundled_digits()[0][9000]
+    Image.fromarray(255 - digit).save(tmp_path / "drawing.png")
+    grid, _, maps = complete(2, "--input", "drawing.png", "--invert")
+    assert grid.shape == (32, 11 * 30 + 2) and len(maps) == 10 and np.array_equal(grid[2:30, 2:30], digit)
+
+
+def test_completions_that_are_impossible_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, saved = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)
+    checkpoint.save("labelled.pt", {**saved, "config": saved["config"] | {"drop_label": 0.0}})
+    before = snapshot(tmp_path)
+    model = ("--model", checkpoint.PRETRAINED, "--complete")
+    for words, line in (
+            (("8", *DIGITS), "--complete 8: the model's code maps have 7 rows"), (("-1",), "--complete: '-1' is not"),
+            (("3", "--input", "prior"), "--complete 3: is used with images as --input, not with prior"),
+            (("3", "--input", "random"), "--complete 3: is used with images as --input, not with random"),
+            (("3", "--originals"), "--originals: has no effect with --complete"),
+            (("3", "--guidance", "2"), "--guidance 2.0: is towards a class, add one with --label"),
+            (("3", *DIGITS, "--label", "ten"), "--label ten: the prior knows the classes 0 to 9"),
+            (("3", *DIGITS, "--prior", "labelled.pt"), "--complete 3: the prior in labelled.pt was trained with")):
+        assert line in expect_usage_error("generate.py", [*model, *words], capsys)
+    assert snapshot(tmp_path) == before

@@ -17,7 +17,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
-           "docs/figures.py", "benchmarks/speed.py", "benchmarks/sizes.py")
+           "export.py", "docs/figures.py", "benchmarks/speed.py", "benchmarks/sizes.py",
+           "benchmarks/completions.py")
 MAX_LINES = 280             # of the README
 # Documented flags of other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir",
@@ -133,7 +134,7 @@ def test_make_runs_the_commands_of_the_readme():
 
 def test_every_file_is_described():
     tree, = code_blocks("", README.split("## Files\n")[1].split("\n## ")[0])
-    listed = [re.split(r" {2,}", line)[0] for line in tree.splitlines()]
+    listed = [name for line in tree.splitlines() for name in re.split(r" {2,}", line)[0].split(", ")]
     for name in listed:
         assert (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file(), name
     tracked = tracked_files()
@@ -175,7 +176,7 @@ def test_every_link_and_picture_exists():
 
 def test_every_documented_name_exists():
     names = set(re.findall(r"`((?:modules|vector_quantizer|prior|checkpoint|metrics|data|utils)\.[\w.]+)[`(]", TEXT))
-    names -= {name for name in names if re.search(r"\.(py|pt|png)$", name)}
+    names -= {name for name in names if re.search(r"\.(onnx|png|pt|pt2|py)$", name)}
     assert len(names) >= 35
     for name in names:
         pkgutil.resolve_name(name)
@@ -198,12 +199,14 @@ def test_every_tensorboard_tag_is_documented(trained):
 # ---------------------------------------------------------------- the Python snippets
 
 def test_every_python_snippet_has_a_test():
-    first, second, third = code_blocks("python")            # the third in test_quantizers.py
+    # Those of export.md in test_export.py, the last one in test_quantizers.py.
+    encode, sample, first, second, third = code_blocks("python")
+    assert "encoder.onnx" in encode and "prior.onnx" in sample
     assert "data.load" in first and "codes.npz" in second and "class SignQuantizer" in third
 
 
 def test_python_snippet_runs(monkeypatch):
-    snippet, *_ = code_blocks("python")
+    snippet, _ = code_blocks("python", (ROOT / "docs" / "from-python.md").read_text())
     monkeypatch.chdir(ROOT)
     names = {}
     exec(snippet, names)
@@ -211,7 +214,7 @@ def test_python_snippet_runs(monkeypatch):
 
 
 def test_python_snippet_that_reads_codes_runs(tmp_path, monkeypatch):
-    _, snippet, _ = code_blocks("python")
+    _, snippet = code_blocks("python", (ROOT / "docs" / "from-python.md").read_text())
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "codes.md").read_text()
     command = next(block for block in code_blocks("shell", page) if "--output codes.npz" in block)

@@ -19,7 +19,8 @@ from data import downloads
 from utils import arguments
 
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
-           "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py")
+           "export.py", "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py",
+           "benchmarks/completions.py")
 HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib"
 
 
@@ -57,7 +58,8 @@ def test_argument_errors_need_no_heavy_imports(argv, blocked_packages, tmp_path)
     ("VQ-VAE.py", ["--dataset", "cifar-10"], "CIFAR10"), ("VQ-VAE.py", ["--codebook-update", "emma"], "ema"),
     ("train_prior.py", ["--num_epochs", "3"], "--num-epochs"), ("generate.py", ["--imput", "test"], "--input"),
     ("generate.py", ["--input", "pror"], "prior"), ("evaluate.py", ["--classifer", "x"], "--classifier"),
-    ("codes.py", ["--part", "tests", "--output", "x"], "test")])
+    ("codes.py", ["--part", "tests", "--output", "x"], "test"),
+    ("export.py", ["--modle", "y", "--output", "x"], "--model")])
 def test_typo_error_suggests_the_nearest_flag_or_value(script, argv, suggestion, capsys):
     with pytest.raises(SystemExit):
         import_script(script).get_parser().parse_args(argv)
@@ -144,7 +146,7 @@ def test_ctrl_c_during_imports_prints_one_line(module, script, tmp_path):
                                            "pathlib.Path('importing').touch()\n"
                                            "while True:\n"
                                            "    time.sleep(0.01)\n")
-    argv = [] if script != "codes.py" else ["--output", "x"]
+    argv = ["--output", "x"] if script in ("codes.py", "export.py") else []
     process = subprocess.Popen([sys.executable, ROOT / script, *argv], cwd=tmp_path,
                                env={"PYTHONPATH": str(tmp_path), "MPLCONFIGDIR": str(tmp_path)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint)
