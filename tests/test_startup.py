@@ -18,9 +18,9 @@ import vector_quantizer
 from data import downloads
 from utils import arguments
 
-SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
-           "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py")
-HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib"
+SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py", "demo.py",
+           "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py", "benchmarks/demo.py")
+HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib", "gradio"
 
 
 @pytest.fixture(scope="module")
