@@ -83,6 +83,8 @@ FONTS = "system-ui", "sans-serif"           # no fonts of another host
 MAX_UPLOAD = "50mb"
 VISIT_SECONDS = 3600            # after which an upload, and the state of a visitor who has left, are removed
 AT_ONCE = 4                     # requests answered at the same time
+# Gradio sums up the times of so many requests after every so many: all of them after each would take longer than most.
+QUEUE_STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000"}
 
 INTRODUCTION = """# What a VQ-VAE does
 An image of {C}×{H}×{W} values becomes a map of {h}×{w} numbers, each the index of one of {K:,} codes, and the map
@@ -114,6 +116,8 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
     """
     if gr is None:
         raise ImportError(INSTALL)
+    for name, value in QUEUE_STATISTICS.items():
+        os.environ.setdefault(name, value)
     with cli.errors_name_flag("--model", model):
         network, contents = checkpoint.load_model(model, device)
         demo = Demo(network, contents, *open_prior(prior, network, contents, device))
@@ -256,11 +260,11 @@ def add_sampling(demo):
         return
     with gr.Row():
         label = add_label(demo, "class")
-        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="temperature")
-        top_k = gr.Slider(1, demo.num_codes, demo.num_codes, step=1, label="top-k")
-        guidance = gr.Slider(0, 4, 1, step=0.1, label="guidance",
-                             visible=bool(demo.prior.drop_label))
         seed = gr.Number(0, label="seed", precision=0, minimum=0)
+    with gr.Row():
+        temperature = gr.Slider(0.1, 2, 1, step=0.05, label="temperature", min_width=240)
+        top_k = gr.Slider(1, demo.num_codes, demo.num_codes, step=1, label="top-k", min_width=240)
+        guidance = gr.Slider(0, 4, 1, step=0.1, label="guidance", min_width=240, visible=bool(demo.prior.drop_label))
     new = gr.Button("Draw a new one", variant="primary")
     sample = gr.HTML(apply_default_css=False, elem_id="sample")
 
@@ -282,7 +286,7 @@ def add_completing(demo, session, start):
     if not has_prior:
         gr.Markdown(no_prior(demo))
     with gr.Row(visible=has_prior):
-        rows = gr.Slider(0, h, h // 2, step=1, label="rows of codes that are kept")
+        rows = gr.Slider(0, h, h // 2, step=1, label="rows of codes that are kept", min_width=240)
         label = add_label(demo, "class")
         seed = gr.Number(0, label="seed", precision=0, minimum=0)
     finish = gr.Button("Finish it ten times", variant="primary", visible=has_prior)

@@ -105,7 +105,7 @@ def take_screenshot(page, folder, name):
     page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=path, full_page=True)
     with Image.open(path) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def use_every_tab(page, draw, folder, prefix=""):
@@ -124,10 +124,11 @@ def use_every_tab(page, draw, folder, prefix=""):
     before, codes = page.evaluate(src), numbers(page, "#places")
     palette = numbers(page, "#palette .palette")
     assert palette[0] == codes[24] and len(set(palette)) == 512 and len(numbers(page, "#palette .best")) == 5
-    page.locator("#palette .palette button").nth(7).click()
+    page.locator("#palette .palette button").last.click()
     wait_for_change(page, "#changed .after img", "src", before)
     changed = numbers(page, "#places")
-    assert [i for i in range(49) if changed[i] != codes[i]] == [24] and changed[24] == palette[7]
+    assert [i for i in range(49) if changed[i] != codes[i]] == [24] and changed[24] == palette[-1]
+    page.evaluate("document.querySelector('#palette .palette').scrollTop = 0")
     take_screenshot(page, folder, f"{prefix}change")
     after = page.evaluate(src)
     page.get_by_role("button", name="Undo").click()
