@@ -153,7 +153,7 @@ def add_tabs(demo):
     start = demo.start()
     session = gr.State(start, time_to_live=VISIT_SECONDS)
     gr.Markdown(INTRODUCTION.format(**sizes))
-    with gr.Tab("Draw"):
+    with gr.Tab("Draw" if demo.can_draw else "Encode"):
         gr.Markdown((DRAW + DRAW_ON_PAD * demo.can_draw).format(**sizes))
         with gr.Row(equal_height=False):
             if demo.can_draw:

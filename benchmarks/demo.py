@@ -144,11 +144,11 @@ def everyone(visitors, requests, pause, name):
 
 def run(args):
     process = subprocess.Popen([sys.executable, str(ROOT / "demo.py"), "--port", str(args.port)],
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         line = process.stdout.readline()
         if "The page is at" not in line:
-            raise ValueError(f"--port {args.port}: demo.py did not start")
+            raise ValueError(line + process.stdout.read() or "demo.py has ended")
         measure(Page(f"http://127.0.0.1:{args.port}"), process, args)
     finally:
         process.terminate()

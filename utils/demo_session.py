@@ -183,7 +183,7 @@ class Demo:
         codes = session.changed.flatten().tolist()
         marked = () if session.place is None else (session.place,)
         count = (session.changed != session.codes).sum().item()
-        note = f"{count} of {len(codes)} codes changed" if count else "choose a place"
+        note = f"{count} of {len(codes)} codes changed" if count else "Choose a place, then a code of the palette."
         return f"{self.show_map(codes, marked, 'place')}<p class='caption'>{note}</p>"
 
     def show_changed_picture(self, session):
