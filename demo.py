@@ -81,7 +81,9 @@ CHOOSE = """element.addEventListener("click", (event) => {
 });"""
 FONTS = "system-ui", "sans-serif"           # no fonts of another host
 MAX_UPLOAD = "50mb"
-VISIT_SECONDS = 3600            # after which an upload, and the state of a visitor who has left, are removed
+UPLOAD_SECONDS = 3600           # after which a file that was uploaded is removed
+# Of a visitor's events of one kind that come while one is answered, the last one is answered next.
+QUICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
 AT_ONCE = 4                     # requests answered at the same time
 # Gradio sums up the times of so many requests after every so many: all of them after each would take longer than most.
 QUEUE_STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000"}
@@ -98,8 +100,7 @@ CHANGE = """The decoder looks each number up in the codebook (eq. 2, section 3.1
 image changes there and a little around it, since the decoder also sees the neighbours. Look for codes that change
 little: those at a small distance, and those that the prior finds probable (section 3.3)."""
 SAMPLE = """The prior draws one code after the other, from left to right and from top to bottom, each given the codes
-before it (section 3.3). Look how early the map decides what it becomes, and how a low temperature makes the samples
-alike."""
+before it (section 3.3). Look how early the image is decided, and how a low temperature makes the samples alike."""
 COMPLETE = """The codes of the upper rows are kept, and the prior draws the others ten times (section 3.3). Look for
 lines that go on where the kept rows end: the prior knows only the codes above, not the pixels."""
 NO_PRIOR = """This model has no prior yet, so there is nothing to draw codes from. Train one, then start the page again:
@@ -121,13 +122,14 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
     with cli.errors_name_flag("--model", model):
         network, contents = checkpoint.load_model(model, device)
         demo = Demo(network, contents, *open_prior(prior, network, contents, device))
-    with gr.Blocks(title="VQ-VAE", analytics_enabled=False, delete_cache=(VISIT_SECONDS, VISIT_SECONDS)) as page:
+    with gr.Blocks(title="VQ-VAE", analytics_enabled=False, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)) as page:
         add_tabs(demo)
     page.queue(default_concurrency_limit=AT_ONCE)
-    # Gradio takes these when it launches; in a notebook that is a line of its own.
+    # Gradio takes these when it launches; in a notebook that is a line of its own. A style in the head is there before
+    # the tabs are measured, which hides some where they are too wide.
     theme = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=FONTS)
-    page.launch = functools.partial(page.launch, css=CSS.read_text(), theme=theme, footer_links=[], share=False,
-                                    ssr_mode=False, max_file_size=MAX_UPLOAD)
+    page.launch = functools.partial(page.launch, head=f"<style>{CSS.read_text()}</style>", theme=theme, share=False,
+                                    footer_links=[], ssr_mode=False, max_file_size=MAX_UPLOAD)
     return page
 
 
@@ -151,7 +153,7 @@ def add_tabs(demo):
     (C, H, W), (h, w) = demo.shape, demo.map_size
     sizes = {"C": C, "H": H, "W": W, "h": h, "w": w, "K": demo.num_codes, "count": h * w}
     start = demo.start()
-    session = gr.State(start, time_to_live=VISIT_SECONDS)
+    session = gr.State(start)           # kept for an hour after the page is closed
     gr.Markdown(INTRODUCTION.format(**sizes))
     with gr.Tab("Draw" if demo.can_draw else "Encode"):
         gr.Markdown((DRAW + DRAW_ON_PAD * demo.can_draw).format(**sizes))
@@ -183,7 +185,7 @@ def add_tabs(demo):
     shown = [session, picture, *changing, kept]
     for event, handler, values, key in sources:
         event(on_page(lambda rows, *given, handler=handler: show(handler(*given), rows), key), [rows, *values], shown,
-              show_progress="hidden", js=None if key == "strokes" else CLEAR_PAD)
+              js=None if key == "strokes" else CLEAR_PAD, **QUICK)
 
 
 def on_page(handler, key=None):
@@ -208,7 +210,8 @@ def add_sources(demo, session):
             last = len(demo.test_images) - 1
             number = gr.Number(0, label=f"or one of the test digits, 0 to {last}", precision=0, minimum=0, maximum=last,
                                min_width=240, elem_id="number")
-            sources.append((number.change, demo.test_digit, [number], None))
+            # An empty field is one that is being typed in.
+            sources.append((number.change, lambda number: demo.test_digit(number or 0), [number], None))
         with gr.Column(min_width=240):
             if demo.test_images is not None:
                 another = gr.Button("Another test digit", size="sm")
@@ -241,22 +244,21 @@ def add_changing(demo, session, start):
     def show_code(session):
         return session, demo.show_changed_map(session), demo.show_changed_picture(session)
 
-    quick = {"show_progress": "hidden", "trigger_mode": "multiple"}
     places.select(on_page(lambda session, label, place: show_place(demo.choose_place(session, place), label), "place"),
-                  [session, label], [session, places, palette], **quick)
+                  [session, label], [session, places, palette], **QUICK)
     palette.select(on_page(lambda session, code: show_code(demo.choose_code(session, code)), "code"), session,
-                   [session, places, pictures], **quick)
-    label.change(on_page(demo.show_palette), [session, label], palette, **quick)
+                   [session, places, pictures], **QUICK)
+    label.change(on_page(demo.show_palette), [session, label], palette, **QUICK)
     for button, handler in ((undo, demo.undo), (reset, demo.reset)):
         button.click(on_page(lambda session, handler=handler: show_code(handler(session))), session,
-                     [session, places, pictures], **quick)
+                     [session, places, pictures], **QUICK)
     return places, pictures, palette
 
 
 def add_sampling(demo):
     """A new map, code by code."""
     if demo.prior is None:
-        gr.Markdown(no_prior(demo))
+        gr.Markdown(NO_PRIOR.format(command=demo.train_command))
         return
     with gr.Row():
         label = add_label(demo, "class")
@@ -281,10 +283,9 @@ def add_sampling(demo):
 
 def add_completing(demo, session, start):
     """The upper rows of a picture's codes, and ten ways to go on. → the slider of rows, the part that shows them."""
-    h, _ = demo.map_size
-    has_prior = demo.prior is not None
+    (h, _), has_prior = demo.map_size, demo.prior is not None
     if not has_prior:
-        gr.Markdown(no_prior(demo))
+        gr.Markdown(NO_PRIOR.format(command=demo.train_command))
     with gr.Row(visible=has_prior):
         rows = gr.Slider(0, h, h // 2, step=1, label="rows of codes that are kept", min_width=240)
         label = add_label(demo, "class")
@@ -304,10 +305,6 @@ def add_label(demo, label, visible=True):
     if demo.prior is None or demo.prior.drop_label:
         choices.insert(0, ("none", ANY))
     return gr.Dropdown(choices, value=choices[0][1], label=label, visible=visible)
-
-
-def no_prior(demo):
-    return NO_PRIOR.format(command=files.command("train_prior.py", "--model", demo.path))
 
 
 # ---------------------------------------------------------------- the command

@@ -124,6 +124,8 @@ def use_every_tab(page, draw, folder, prefix=""):
     before, codes = page.evaluate(src), numbers(page, "#places")
     palette = numbers(page, "#palette .palette")
     assert palette[0] == codes[24] and len(set(palette)) == 512 and len(numbers(page, "#palette .best")) == 5
+    for tile in page.locator("#places button, #palette button").all()[::40]:
+        assert "data:image/png" in tile.evaluate("tile => getComputedStyle(tile).backgroundImage")
     page.locator("#palette .palette button").last.click()
     wait_for_change(page, "#changed .after img", "src", before)
     changed = numbers(page, "#places")
@@ -145,6 +147,7 @@ def use_every_tab(page, draw, folder, prefix=""):
     page.get_by_role("button", name="Finish it ten times").click()
     page.wait_for_selector("#kept .completion")
     assert page.locator("#kept .completion img").count() == 10
+    page.wait_for_timeout(500)          # faded until then
     take_screenshot(page, folder, f"{prefix}finish")
 
 
@@ -158,6 +161,20 @@ def test_every_tab_works_on_a_phone(open_page, tmp_path):
     for name in ("Draw", "Change a code", "New digits", "Finish it"):
         open_tab(page, name)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_no_stroke_is_lost_while_another_is_answered(open_page):
+    page = open_page(DESKTOP)
+    for corner in ((0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8)):
+        draw_with_mouse(page, [corner])
+    page.wait_for_function("""() => {
+        const image = document.querySelector("#drawn img"), canvas = document.createElement("canvas");
+        canvas.width = canvas.height = 28;
+        const context = canvas.getContext("2d");
+        context.drawImage(image, 0, 0);
+        const ink = [[5, 5], [5, 22], [22, 5], [22, 22]].map(([x, y]) => context.getImageData(x, y, 1, 1).data[0]);
+        return ink.every((grey) => grey > 200);
+    }""")
 
 
 def test_files_and_test_digits_are_shown_and_odd_files_are_a_sentence(open_page, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 import data
 from data import image_file
 from metrics import code_counts, samples
-from utils import code_pictures
+from utils import code_pictures, files
 from utils.code_pictures import figure, tiles
 
 ALL_CODES, NEAREST_CODES = 1024, 200        # a palette has the whole codebook up to so many codes, else the nearest
@@ -49,7 +49,8 @@ class Demo:
 
     def __init__(self, model, contents, prior=None, classes=()):
         self.model, self.prior, self.classes = model, prior, list(classes)
-        self.path, self.shape = contents["path"], tuple(contents["dataset"]["shape"])
+        self.train_command = files.command("train_prior.py", "--model", contents["path"])
+        self.shape = tuple(contents["dataset"]["shape"])
         self.map_size, self.num_codes = model.map_size(*self.shape[1:]), model.quantizer.num_codes
         if max(self.map_size) > LARGEST_MAP:
             raise ValueError(f"its maps of {self.map_size[0]}×{self.map_size[1]} codes are too large for the page, "
