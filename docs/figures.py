@@ -49,6 +49,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import data
 from metrics import samples
+from utils.code_pictures import code_patches
 from utils.tensorboard_logs import GRID_COLUMNS, GRID_PADDING
 
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
@@ -146,17 +147,6 @@ def to_bytes(images):
 # ---------------------------------------------------------------- the shipped model
 # Letters: B images, H×W pixels, h×w codes of one map, p×p pixels of the patch of a code.
 
-def code_patches(model, indices, height, width):
-    """The patch that each code decodes to on its own: (..., p, p) in [-1, 1] from indices (...).
-
-    It is the middle patch of the greyscale image that a map (height, width) of this code alone decodes to.
-    """
-    codes, inverse = indices.unique(return_inverse=True)
-    images = model.decode(codes.view(-1, 1, 1).expand(-1, height, width))[:, 0]           # (codes, H, W)
-    p, top, left = model.downsample, height // 2 * model.downsample, width // 2 * model.downsample
-    return images[:, top:top + p, left:left + p][inverse]
-
-
 def draw_code_map(indices, patches):
     """Indices (h, w), each written on its patch, of patches (h, w, p, p) in [-1, 1]."""
     cell = patches.shape[-1] * CODES_SCALE
@@ -177,7 +167,7 @@ def draw_codes(model, images):
     """uint8 images (B, 1, H, W), below them their code maps, and below these their reconstructions."""
     x = data.to_model_range(images)
     indices = model.encode(x)                                         # (B, h, w)
-    patches = code_patches(model, indices, *indices.shape[1:])        # (B, h, w, p, p)
+    patches = code_patches(model, indices, *indices.shape[1:])[:, :, :, 0]          # (B, h, w, p, p)
     plain = [[enlarge(Image.fromarray(pixels), CODES_SCALE) for pixels in to_bytes(batch[:, 0])]
              for batch in (x, model.decode(indices))]
     rows = plain[0], [draw_code_map(*pair) for pair in zip(indices, patches)], plain[1]

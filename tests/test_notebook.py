@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from importlib.util import find_spec
 
 import nbformat
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from helpers import ROOT
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 from test_generate import cells
 
@@ -141,6 +143,22 @@ def test_codes_are_shown_as_their_decoded_patches(executed):
     assert np.abs(shown_patches - patches)[:, [1, 2]].max() > 50
 
 
+def test_changed_code_changes_the_image_around_it(executed):
+    _, by_id = executed
+    before, after = panels(by_id["change"], 2)
+    changed = np.abs(after - before) > 20
+    assert not changed[:, 24:].any() and not changed[:4].any()          # three codes away and more
+    assert np.abs(before - panels(by_id["codes"], 3)[2]).max() < 8
+
+
+def test_page_is_shown_or_its_requirement_named(executed):
+    _, by_id = executed
+    if find_spec("gradio"):
+        assert any("127.0.0.1" in str(output.get("data")) for output in by_id["demo"].outputs)
+    else:
+        assert "%pip install gradio" in printed_text(by_id["demo"])
+
+
 def test_code_use_is_counted_over_the_test_set(executed):
     folder, by_id = executed
     model, _ = checkpoint.load_model(folder / "models" / "notebook" / "best.pt")
@@ -173,3 +191,10 @@ def test_first_cell_clones_the_repository_if_missing(tmp_path, monkeypatch):
     for _ in range(2):          # the second time, the clone exists
         execute(notebook, tmp_path / "empty")
         assert os.path.samefile(eval(notebook.cells[1].outputs[0].data["text/plain"]), tmp_path / "empty" / "vq-vae")
+
+
+def test_first_cell_says_what_to_do_without_an_address(tmp_path):
+    notebook = read_notebook()
+    notebook.cells = [cell for cell in notebook.cells if cell.id == "get"]
+    with pytest.raises(CellExecutionError, match="Set URL in this cell to the address of this repository"):
+        execute(notebook, tmp_path)

@@ -19,9 +19,9 @@ from data import downloads
 from utils import arguments
 
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
-           "export.py", "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py",
-           "benchmarks/completions.py")
-HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib"
+           "export.py", "demo.py", "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py",
+           "benchmarks/completions.py", "benchmarks/demo.py")
+HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib", "gradio"
 
 
 @pytest.fixture(scope="module")
