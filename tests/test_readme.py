@@ -22,7 +22,7 @@ SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", 
 MAX_LINES = 280             # of the README
 # Documented flags of other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir",
-                 "--requirement"}
+                 "--requirement", "--samples_per_plugin"}
 
 
 def parser_flags(parser):
