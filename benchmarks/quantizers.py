@@ -30,7 +30,7 @@ ADAPTED = {                     # of vector-quantize-pytorch
     "VQ, cosine similarity": "--quantizer cosine",
     "VQ, rotation trick": "--quantizer rotation",
     "SimVQ": "--quantizer simvq",
-    "LFQ": "--quantizer lfq",
+    "BSQ": "--quantizer bsq",
     "residual VQ, 16 × 32": "--quantizer residual",
 }
 NAMES = *OWN, *ADAPTED

@@ -169,7 +169,7 @@ def test_adapted_quantizers_keep_the_contract():
 
     from modules import VectorQuantizedVAE
 
-    for name in ("cosine", "rotation", "simvq", "lfq", "residual"):
+    for name in ("cosine", "rotation", "simvq", "bsq", "residual"):
         torch.manual_seed(0)
         model = VectorQuantizedVAE(1, 16, 512, quantizer=name)          # which checks it
         assert isinstance(model.quantizer, quantizer_adapters.Adapter)
