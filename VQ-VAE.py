@@ -169,9 +169,8 @@ def log_epoch(trainer, epoch, test_losses, test_counts, batches):
         with trainer.optional("the codebook in the projector"):
             most = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
             tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:most][0].cpu(), epoch)
-        figures = {"best/mse": state.best, "best/epoch": state.best_epoch, "final/mse": test_losses.reconstruction,
-                   "final/codebook": test_losses.codebook, "final/commitment": test_losses.commitment,
-                   "final/perplexity": perplexity(test_counts), "final/used": int((test_counts > 0).sum())}
+        figures = {"at_end/mse": test_losses.reconstruction, "at_end/perplexity": perplexity(test_counts),
+                   "at_end/used": int((test_counts > 0).sum()), "best/mse": state.best, "best/epoch": state.best_epoch}
         tensorboard_logs.log_hparams(writer, hparams(trainer), figures)
     trainer.add_track_line(tensorboard_logs.track_line(
         epoch, state.step, *train_losses[:3], *test_losses[:3], perplexity(test_counts),

@@ -175,19 +175,24 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     return model, contents
 
 
+class OtherModelError(ValueError):
+    """A prior is of another VQ-VAE than the one that it was to be used with."""
+
+
 def load_prior(path, vqvae, device="cpu"):
     """The prior in a checkpoint, in evaluation mode, and the checkpoint's contents.
 
     vqvae: the path of its VQ-VAE, or what load_model() has returned for it. Raises OSError if a file cannot be opened,
-    ValueError if the file at path is not a checkpoint of a prior, or its codes are those of another VQ-VAE.
+    ValueError if the file at path is not a checkpoint of a prior, and OtherModelError, which is one, if its codes are
+    those of another VQ-VAE.
     """
     contents, _ = _read(path, device)
     _check_kind(contents, "prior", "a prior")
     vqvae, vqvae_contents = vqvae if isinstance(vqvae, tuple) else load_model(vqvae)
     vqvae_path = vqvae_contents["path"]
     if contents.get("vqvae") != vqvae_contents["sha256"]:
-        raise ValueError(f"this prior belongs to another VQ-VAE than {vqvae_path}: train one for it with "
-                         + command("train_prior.py", "--model", vqvae_path))
+        raise OtherModelError(f"this prior belongs to another VQ-VAE than {vqvae_path}: train one for it with "
+                              + command("train_prior.py", "--model", vqvae_path))
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
     prior = _rebuild(CodePrior, contents, device)

@@ -142,7 +142,7 @@ def open_prior(path, model, contents, device):
         with cli.errors_name_flag("--prior", path or beside):
             prior, prior_contents = checkpoint.load_prior(path or beside, (model, contents), device)
     except ValueError as error:
-        if path or "belongs to another VQ-VAE" not in str(error):
+        if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
             raise
         return None, ()
     return prior, prior_contents.get("classes", [str(i) for i in range(prior.num_classes)])

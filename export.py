@@ -36,6 +36,7 @@ import importlib.util
 import io
 import json
 import logging
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -49,6 +50,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import checkpoint
 from prior import TAIL_FROM
 from utils import files, inputs
 from utils.memory import images_that_fit, is_out_of_memory, items_that_fit, maps_that_fit
@@ -269,7 +271,7 @@ def describe(part, model, prior, contents, classes):
              "map_shape": list(model.map_size(*shape[1:])), "num_codes": model.quantizer.num_codes,
              "model_sha256": contents["sha256"]}
     if part.name == "prior":
-        about |= {"classes": classes, "no_class": prior.num_classes}
+        about |= {"classes": classes, "no_class": prior.num_classes if prior.drop_label else None}
     return json.dumps(about)
 
 
@@ -307,8 +309,14 @@ def open_outputs(folder, overwrite, parts):
 def export(args):
     model, contents, path = inputs.open_model(args)
     prior = classes = None
-    if args.prior or Path(contents["path"]).with_name("prior.pt").exists():
-        prior, classes, _ = inputs.open_prior(args, model, contents)
+    beside = Path(contents["path"]).with_name("prior.pt")
+    if args.prior or beside.exists():
+        try:
+            prior, classes, _ = inputs.open_prior(args, model, contents)
+        except ValueError as error:
+            if args.prior or not isinstance(error.__cause__, checkpoint.OtherModelError):
+                raise
+            print(f"left out: {beside} belongs to another model", file=sys.stderr)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         requirements = files.typed_path("requirements-export.txt")
         raise ValueError(f"no {', '.join(missing)}: install what export.py needs with pip install -r {requirements}")

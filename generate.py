@@ -174,11 +174,10 @@ def sample_prior(model, contents, generator, args):
         return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device, bar)
 
 
-def complete(model, contents, images, generator, args):
-    """Each of uint8 images (B, C, H, W), followed by ten completions of it: (11·B, C, H, W).
+def open_completing_prior(model, contents, args):
+    """→ the prior, and the class of all completions.
 
-    They have the codes of the image in the upper args.complete rows, and others from the prior below. Raises ValueError
-    if there are not so many rows, or the prior needs a class and none is given.
+    Raises ValueError if its maps have less than args.complete rows, or it needs a class and none is given.
     """
     prior, classes, path = inputs.open_prior(args, model, contents)
     if args.complete > prior.height:
@@ -186,7 +185,14 @@ def complete(model, contents, images, generator, args):
     if args.label is None and not prior.drop_label:
         raise ValueError(f"--complete {args.complete}: the prior in {path} was trained with --drop-label 0 and knows "
                          "no images without a class: give one with --label")
-    label = prior.num_classes if args.label is None else class_number(args.label, classes)
+    return prior, prior.num_classes if args.label is None else class_number(args.label, classes)
+
+
+def complete(model, prior, label, images, generator, args):
+    """Each of uint8 images (B, C, H, W), followed by ten completions of it: (11·B, C, H, W).
+
+    They have the codes of the image in the upper args.complete rows, and others from the prior below.
+    """
     batches = images.split(images_that_fit(*images.shape[2:], model.quantizer.dim))
     maps = code_maps.encode(model, [(batch, None) for batch in batches], args.device)           # (B, h, w)
     maps = maps.repeat_interleave(ROWS, dim=0)                                                  # (10·B, h, w)
@@ -256,11 +262,9 @@ def generate(args):
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
         images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
     else:
+        prior = None if args.complete is None else open_completing_prior(model, contents, args)
         images = input_images(args, contents, path, generator)
-        if args.complete is None:
-            images = reconstruct(model, images, args)
-        else:
-            images = complete(model, contents, images, generator, args)
+        images = complete(model, *prior, images, generator, args) if prior else reconstruct(model, images, args)
     columns = ROWS if args.complete is None else 1 + ROWS
     png = grid_as_png(images, min(columns, len(images) // 2) if args.originals else columns)
     with cli.errors_name_flag("--filename", name):

@@ -221,8 +221,9 @@ class CodePrior(nn.Module):
     def _given(self, given, count):
         if given is None:
             return torch.empty(count, 0, dtype=torch.int64)
-        if given.dim() != 2 or len(given) != count or given.shape[1] > len(self.positions):
-            raise ValueError(f"given {tuple(given.shape)} is not ({count}, 0 to {len(self.positions)})")
+        if given.dim() != 2 or len(given) != count or given.shape[1] > len(self.positions) or given.is_floating_point():
+            raise ValueError(f"given {given.dtype} {tuple(given.shape)} is not integers ({count}, 0 to "
+                             f"{len(self.positions)})")
         self._check_codes(given)
         return given.to(self.positions.device).long()
 

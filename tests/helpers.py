@@ -37,6 +37,7 @@ def forkserver():
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("OMP_WAIT_POLICY", "passive")      # two threads on a busy core would wait for each other in a loop
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -101,7 +101,7 @@ def test_worker_measures_in_a_separate_process():
     (["speed"], "'speed' is unknown: choose from training, quantizer"),
     (["--rounds", "0"], "--rounds"),
     (["--data-folder", __file__], f"--data-folder {__file__}: is a file"),          # before any measurement
-    (["limit", "--json", "."], "--json .: . is in the way"),
+    (["limit", "--json", "."], "--json .: . is a folder"),
 ])
 def test_bad_input_gets_a_one_line_error(arguments, words, capsys):
     assert words in expect_usage_error("benchmarks/speed.py", arguments, capsys)

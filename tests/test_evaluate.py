@@ -80,7 +80,7 @@ def test_unwritable_json_file_is_rejected_before_evaluation(trained, tmp_path, m
     (tmp_path / "thesis.json").write_text('{"model": "mine"}')
     shutil.copy(trained / "models" / "run" / "best.pt", "model.pt")
     before = snapshot(tmp_path)
-    for name, words in (("file/x.json", "file is in the way"), ("folder.json", "is a folder"),
+    for name, words in (("file/x.json", "file is not a folder"), ("folder.json", "is a folder"),
                         ("model.pt", "exists and is not a file of figures"),
                         ("thesis.json", "exists and is not a file of figures")):
         arguments = ["--model", "model.pt", "--json", name, "--overwrite"]

@@ -178,7 +178,13 @@ def test_other_quantizers_and_sizes_are_exported(name, tmp_path, monkeypatch, ca
                                  "dataset": {"name": "MNIST", "shape": shape}})
     words = ["--model", "model.pt", "--output", "new/folder"]
     script = import_script("export.py")
+    if name == "fsq":           # beside a prior of another model, which is left out
+        shutil.copy(checkpoint.PRETRAINED.with_name("prior.pt"), "prior.pt")
+        line = expect_usage_error("export.py", [*words, "--prior", "prior.pt"], capsys)
+        assert "--prior prior.pt: this prior belongs to another VQ-VAE than model.pt" in line
     script.main(words)
+    assert ("left out: prior.pt belongs to another model" in capsys.readouterr().err) == (name == "fsq")
+    assert not list((tmp_path / "new" / "folder").glob("prior*"))
     x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encode, decode = (script.run_onnx((tmp_path / "new" / "folder" / f"{part}.onnx").read_bytes())
                       for part in ("encoder", "decoder"))
@@ -289,5 +295,5 @@ def test_absent_and_damaged_models_are_refused(trained, tmp_path, monkeypatch, c
         assert words in expect_usage_error("export.py", [*flags, "--output", "new"], capsys)
     if all(importlib.util.find_spec(name) for name in PACKAGES):
         line = expect_usage_error("export.py", ["--model", path, "--output", "file"], capsys)
-        assert "--output file: " in line and "in the way" in line
+        assert "--output file: " in line and "file is not a folder" in line
     assert snapshot(tmp_path) == before

@@ -143,8 +143,8 @@ def test_training_reads_each_picture_once_and_streams_to_the_same_losses(tmp_pat
             assert counts == in_train + in_test, more
         elif limit == 70 * 64:          # room for the test set alone
             assert test == in_test and train == in_train + in_train + in_train
-        else:                           # 64 test images are shown
-            assert train == in_train + in_train + in_train and test.total() == 3 * 70 + 64
+        else:                           # 64 test images are shown, and all of them looked at for the projector
+            assert train == in_train + in_train + in_train and test.total() == 3 * 70 + 64 + 70
     assert all(track == tracks[0] for track in tracks)
 
 

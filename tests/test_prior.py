@@ -197,6 +197,7 @@ def test_invalid_arguments_error_names_the_values():
                         (lambda: prior.sample(torch.tensor([0]), top_k=0), "top_k 0"),
                         (lambda: prior.sample(torch.tensor([0]), given=torch.tensor([[3]])), "codes 3 to 3"),
                         (lambda: prior.sample(torch.tensor([0]), given=torch.zeros(1, 5).long()), "(1, 0 to 4)"),
+                        (lambda: prior.sample(torch.tensor([0]), given=torch.zeros(1, 2)), "torch.float32 (1, 2)"),
                         (lambda: prior.sample(torch.tensor([0]), given=torch.zeros(2, 1).long()), "(1, 0 to 4)"),
                         (lambda: prior(torch.zeros(1, 2, 3, dtype=torch.int64)), "(1, 2, 3)"),
                         (lambda: prior(torch.zeros(2, 2, 2, dtype=torch.int64), torch.tensor([0])), "(2,)"),

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from data import to_bytes, to_model_range
 from utils.memory import images_that_fit
 
-CHART = 640, 300                # pixels, of the chart of shares
-MARGINS = 76, 30, 14, 34        # left, top, right, bottom
+CHART = 640, 360                # pixels, of the chart of shares, which TensorBoard shows at half of its size
+MARGINS = 108, 42, 14, 50       # left, top, right, bottom
+FONT_SIZE = 22
 BLUE, RED, GREY = "#33638d", "#d1242f", "#808080"
 # From rarely to often used, as equally spaced colours; and of a code that is not used.
 SCALE = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
@@ -28,14 +29,16 @@ def draw(counts):
     width, height = CHART
     left, top, right, bottom = MARGINS[0], MARGINS[1], width - MARGINS[2], height - MARGINS[3]
     picture = Image.new("RGB", CHART, "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT_SIZE)
     shares = counts.double().sort(descending=True).values / max(1, int(counts.sum()))
     K, used = len(shares), int((shares > 0).sum())
     shares = shares.numpy()
-    decades = range(min(-2, int(np.floor(np.log10(max(shares[used - 1], 1e-9))))) if used else -2, 1)
+    lowest, highest = (shares[used - 1], shares[0]) if used else (1 / K, 1 / K)
+    first, last = np.floor(np.log10(min(lowest, 1 / (2 * K)))), min(0, np.ceil(np.log10(max(highest, 2 / K))))
+    decades = range(int(first), int(last) + 1)
 
     def y(share):
-        return bottom - (np.log10(share) - decades[0]) / len(decades[1:]) * (bottom - top)
+        return bottom - (np.log10(share) - first) / (last - first) * (bottom - top)
 
     for decade in decades:
         pen.line([(left, y(10.0**decade)), (right, y(10.0**decade))], fill="#e0e0e0")
@@ -45,13 +48,13 @@ def draw(counts):
         if rank < used:
             pen.line([(x, y(shares[rank])), (x, bottom)], fill=BLUE)
         else:
-            pen.line([(x, bottom - 6), (x, bottom)], fill=RED)
-    for x in range(left, right, 8):
-        pen.line([(x, y(1 / K)), (x + 3, y(1 / K))], fill=GREY)
-    pen.text((right, y(1 / K) - 3), f"even use: {100 / K:.2g} %", fill=GREY, anchor="rb", font=font)
+            pen.line([(x, bottom - 8), (x, bottom)], fill=RED)
+    for x in range(left, right, 16):
+        pen.line([(x, y(1 / K)), (x + 8, y(1 / K))], fill=GREY, width=3)
+    pen.text((right, y(1 / K) - 5), f"even use: {100 / K:.3g} %", fill=GREY, anchor="rb", font=font)
     unused = f", {K - used:,} not (red)" if used < K else ""
-    pen.text((left, top - 10), f"{used:,} of {K:,} codes used{unused}", fill="black", anchor="lb", font=font)
-    pen.text(((left + right) / 2, height - 6), "codes, the most used first; share of the test set's latents",
+    pen.text((left, top - 14), f"{used:,} of {K:,} codes used{unused}", fill="black", anchor="lb", font=font)
+    pen.text(((left + right) / 2, height - 6), "codes by their share of the test set, the largest first",
              fill="black", anchor="mb", font=font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -87,11 +90,13 @@ def pictures_of_codes(model, codes, images):
 def framed(pictures, counts):
     """uint8 pictures (n, C, s, s), enlarged to MIN_SIDE pixels and more, in frames of a colour for counts (n,).
 
-    → uint8 (n, 3, S, S). The colour goes by rank: SCALE from the least to the most used, UNUSED for 0.
+    → uint8 (n, 3, S, S). The colour goes by rank among the counts above 0: SCALE from the lowest to the highest. Codes
+    that are not used are UNUSED.
     """
     scale = -(-MIN_SIDE // pictures.shape[-1])
     large = pictures.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    ranks = counts.argsort().argsort().double() / max(1, len(counts) - 1) * (len(SCALE) - 1)  # (n,), in [0, 4]
+    different, places = counts.clamp(min=1).unique(return_inverse=True)
+    ranks = places.double() / max(1, len(different) - 1) * (len(SCALE) - 1)           # (n,), in [0, 4]
     lower = ranks.long().clamp(max=len(SCALE) - 2)
     colours = torch.lerp(SCALE[lower].double(), SCALE[lower + 1].double(), (ranks - lower).unsqueeze(1))
     colours[counts == 0] = UNUSED.double()

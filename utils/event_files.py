@@ -21,7 +21,7 @@ PRIOR_SUFFIX, CLASSIFIER_SUFFIX = ".prior", ".classifier"       # of the event f
 BY_IMAGES = "loss/", "lr"
 BY_STEP = "loss/train/", "lr"
 # Tags that are logged once: at the end of a run, or when its file is opened.
-LOGGED_ONCE = "final/", "best/", "_hparams_/", CONFIG_SUMMARY_TAG
+LOGGED_ONCE = "at_end/", "best/", "final/", "_hparams_/", CONFIG_SUMMARY_TAG         # final/: of earlier versions
 # All tags but "lr" begin with one of these. They tell a training's files from those of other programs.
 OWN_TAGS = (*LOGGED_ONCE, "loss/train/", "loss/test/", "images/", "codebook/", "prior/", "classifier/")
 EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders

@@ -166,8 +166,10 @@ def check_unused_folders(folders, overwrite):
 def check_writable(path):
     """Raise ValueError if no file could be written to path, whose folders may have to be created. Writes nothing."""
     # A folder such as "." or "/" has no parents.
-    folder = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
-    if path.is_dir() or not folder.is_dir():
-        raise ValueError(f"{folder} is in the way")
+    folder = next((folder for folder in path.parents if folder.exists() or folder.is_symlink()), path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"no permission to write in {folder}")
