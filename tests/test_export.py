@@ -89,10 +89,15 @@ def assert_same(found, expected, size):
     assert wrong.mean() < 1e-4                                                              # edges of bins
 
 
+def page_snippets():
+    """The Python on docs/export.md: of a program, of images, of samples."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
 @needs_packages
 def test_onnx_files_match_torch_without_torch_and_the_repository(exported, expected):
     """And the snippets of the page run there as they stand, on the random numbers of CodePrior.sample()."""
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    _, encode, sample = page_snippets()
     program = f"""
 import onnxruntime
 found, sessions = {{}}, {{name: onnxruntime.InferenceSession(f"exported/{{name}}.onnx")
@@ -107,8 +112,8 @@ class Generator:
         assert given["draws"].shape == shape and given["draws"].dtype == dtype
         return given["draws"]
 np.random.default_rng = lambda seed: Generator()
-{snippets[0]}
-{snippets[1]}
+{encode}
+{sample}
 about = sessions["prior"].get_modelmeta().custom_metadata_map["metadata.json"]
 np.savez("found.npz", **found, indices=indices, images=decoded, maps=maps, digits=digits, about=about)
 """
@@ -137,6 +142,8 @@ for size in {SIZES}:
     found |= {{f"codes{{size}}": encoder(images), f"decoded{{size}}": decoder(codes),
                f"logits{{size}}": prior(codes, classes)}}
 assert json.loads(about["metadata.json"])["part"] == "prior"
+{page_snippets()[0]}
+assert indices.shape == (2, 7, 7) and json.loads(about["metadata.json"])["part"] == "encoder"
 np.savez("found.npz", **{{name: value.detach() for name, value in found.items()}})
 """
     found = run_in_fresh_process(program, REPOSITORY, exported)

@@ -200,8 +200,8 @@ def test_every_tensorboard_tag_is_documented(trained):
 
 def test_every_python_snippet_has_a_test():
     # Those of export.md in test_export.py, the last one in test_quantizers.py.
-    encode, sample, first, second, third = code_blocks("python")
-    assert "encoder.onnx" in encode and "prior.onnx" in sample
+    program, encode, sample, first, second, third = code_blocks("python")
+    assert "encoder.pt2" in program and "encoder.onnx" in encode and "prior.onnx" in sample
     assert "data.load" in first and "codes.npz" in second and "class SignQuantizer" in third
 
 
