@@ -13,8 +13,6 @@ import checkpoint
 import data
 from modules import VectorQuantizedVAE
 
-pytestmark = pytest.mark.rounding
-
 
 @pytest.fixture(scope="module")
 def codes_folder(trained, tmp_path_factory):

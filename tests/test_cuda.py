@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from distributed_helpers import RESUME, VQVAE, load_record, train_processes
 from helpers import build_trainer, import_script, run_script
 
 import checkpoint
@@ -173,17 +172,3 @@ def test_every_script_agrees_with_the_cpu(trained_on_gpu):
             for name in ("mse", "perplexity", "nats_per_code"):
                 if name in values:
                     assert found[part][name] == pytest.approx(values[name], rel=1e-3)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-def test_two_gpus_take_the_steps_of_one(mnist_folder, tmp_path):
-    """SyncBatchNorm has the statistics of the whole batch, NCCL sums over both."""
-    flags = (*VQVAE, "--codebook-init", "uniform", "--data-folder", mnist_folder, "--device", DEVICE)
-    expected = train_processes(1, tmp_path / "1", *flags)
-    actual = train_processes(2, tmp_path / "2", *flags, reference=tmp_path / "1" / "record-0.pt")
-    assert len(expected["steps"]) == len(actual["steps"]) == 10
-    for step, other in zip(expected["steps"], actual["steps"]):
-        for name, value in step["state"].items():
-            torch.testing.assert_close(other["state"][name].float(), value.float(), rtol=0.02, atol=2e-3, msg=name)
-    train_processes(2, tmp_path / "2", *RESUME, "--num-epochs", 2)
-    assert load_record(tmp_path / "2")["progress"]["step"] == 20

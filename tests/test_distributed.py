@@ -16,9 +16,6 @@ from modules import VectorQuantizedVAE
 from prior import CodePrior
 from utils import distributed, tensorboard_logs
 
-pytestmark = pytest.mark.rounding
-
-
 # ---------------------------------------------------------------- against one process
 
 def assert_same_steps(expected, actual, first=0):
@@ -58,6 +55,7 @@ def assert_same_update(expected, actual):
         torch.testing.assert_close(actual["state"][name], expected["state"][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.rounding
 def test_distributed_steps_match_single_process_steps(mnist_folder, tmp_path):
     flags = (*VQVAE, "--codebook-init", "uniform", "--data-folder", mnist_folder)
     expected = train_processes(1, tmp_path / "1", *flags, group_norm=True)
@@ -68,6 +66,7 @@ def test_distributed_steps_match_single_process_steps(mnist_folder, tmp_path):
     assert int(restarts) > 10
 
 
+@pytest.mark.rounding
 def test_run_resumes_with_any_number_of_processes(mnist_folder, tmp_path):
     """Two processes, then three until a signal in mid-epoch, then one, which ends bit for bit as one process alone."""
     flags = (*VQVAE, "--codebook-update", "ema", "--data-folder", mnist_folder)
@@ -94,6 +93,7 @@ def test_run_resumes_with_any_number_of_processes(mnist_folder, tmp_path):
     assert [line.split()[0] for line in records[1]["progress"]["track"]] == ["epoch", "1", "2", "3"]
 
 
+@pytest.mark.rounding
 def test_distributed_prior_training_matches_single_process(mnist_folder, tmp_path):
     """Including code maps and dropped labels."""
     torch.manual_seed(0)
