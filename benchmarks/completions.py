@@ -1,7 +1,7 @@
 """How often completed digits are read as the true digit, by the rows of codes kept: python3 benchmarks/completions.py
 
-Of random test images, the upper rows of codes are kept, the prior draws the others without being told the class, and
-the classifier reads the decoded images. Without --model it measures the shipped model, with the prior beside it.
+Of random test images, the upper rows of codes are kept, the prior samples the others without the class, and the
+classifier reads the decoded images. Without --model it measures the shipped model, with the prior beside it.
 """
 
 import sys

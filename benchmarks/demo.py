@@ -124,12 +124,12 @@ def measure(page, process, args):
         report(f"1 visitor: {action}", seconds)
     visitors = [Visitor(page, seed + 1) for seed in range(args.visitors)]
     before = resident_memory(process)
-    everyone(visitors, args.requests // 2, THINKING, "with pauses")
-    everyone(visitors, args.requests - args.requests // 2, 0, "without pauses")
+    run_visitors(visitors, args.requests // 2, THINKING, "with pauses")
+    run_visitors(visitors, args.requests - args.requests // 2, 0, "without pauses")
     print(f"memory: {before} MB before, {resident_memory(process)} MB after {args.requests:,} requests")
 
 
-def everyone(visitors, requests, pause, name):
+def run_visitors(visitors, requests, pause, name):
     """Requests of all visitors at once, each after a pause of `pause` seconds on average."""
     def visit(visitor):
         seconds = []

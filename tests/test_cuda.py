@@ -142,7 +142,7 @@ def test_run_resumes_on_the_other_device(trained_on_gpu, tmp_path):
     assert len(errors[0]) == 3 and errors[0] == pytest.approx(errors[1], rel=0.2)
     devices = [one["device"] for one in checkpoint.load(trained_on_gpu / "models/run/last.pt")["training"][
         "environments"]]
-    assert [device.split()[0].lower() == "cpu" for device in devices] == [True, DEVICE == "cpu", True][:len(devices)]
+    assert [device.split()[0].lower() == "cpu" for device in devices] == [True, False, True]
 
 
 @pytest.mark.parametrize("flag", ["--amp", "--compile"])

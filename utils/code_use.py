@@ -72,7 +72,8 @@ def pictures_of_codes(model, codes, images):
     rows = torch.full((model.quantizer.num_codes,), n)          # of each code; the last row takes those not shown
     rows[codes] = torch.arange(n)
     sums, sizes = torch.zeros(n + 1, images.shape[1] * 9 * f**2), torch.zeros(n + 1)
-    batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
+    # The windows hold nine times the pixels.
+    batch_size = images_that_fit(3 * images.shape[2], 3 * images.shape[3], model.quantizer.dim)
     for batch in images.split(batch_size):
         output = model(to_model_range(batch, device))
         padded = F.pad(output.reconstruction.float().cpu(), (f, f, f, f), value=-1)
