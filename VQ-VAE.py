@@ -163,6 +163,8 @@ def log_epoch(trainer, epoch, test_losses, test_counts, batches):
     train_losses, restarts = Losses(*state.mean_losses()), state.restarts.item()
     position = trainer.position() if trainer.x_axis == "images" else epoch
     tensorboard_logs.log_epoch(writer, epoch, position, test_losses, test_counts, state.code_counts.cpu(), restarts)
+    with trainer.optional("the use of the codes"):
+        tensorboard_logs.log_code_use(writer, test_counts, epoch)
     with trainer.optional("the reconstructions"):
         tensorboard_logs.log_images(writer, model, batches.shown, epoch)
     if epoch == args.num_epochs:

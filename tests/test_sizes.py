@@ -256,6 +256,7 @@ def test_logged_pictures_are_bounded(tmp_path):
         tensorboard_logs.log_codebook(writer, model, counts, images, 1)
         losses = vqvae_losses(torch.zeros(1, 3, 8, 8), model(torch.zeros(1, 3, 8, 8)), 1.0)
         tensorboard_logs.log_epoch(writer, 1, 60_000, losses, counts, counts, 0)
+        tensorboard_logs.log_code_use(writer, counts, 1)
     assert {shape[1:] for shape in decoded} == {(3, 3)} and 4000 < sum(shape[0] for shape in decoded) < 4096
     metadata = (tmp_path / "00001" / "codebook" / "metadata.tsv").read_text().splitlines()
     assert metadata[0] == "code\tused" and metadata[1] == "0\t4999" and metadata[-1] == "4095\t904"    # those used most

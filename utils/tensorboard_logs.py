@@ -121,7 +121,11 @@ def log_epoch(writer, epoch, position, test_losses, test_counts, train_counts, r
         writer.add_scalar(f"{family}/perplexity", perplexity(counts), epoch)
         writer.add_scalar(f"{family}/used", (counts > 0).sum(), epoch)
     writer.add_scalar("codebook/restarts", restarts, epoch)
-    writer.add_image("codebook/use", code_use.draw(test_counts), epoch)
+
+
+def log_code_use(writer, counts, epoch):
+    """A chart of how often each of K codes was used on the test set, counts (K,)."""
+    writer.add_image("codebook/use", code_use.draw(counts), epoch)
 
 
 def images_in_grid(most, height, width):
