@@ -32,6 +32,7 @@ def get_parser(quantizers=()):
                                          f"--downsample, at least twice as large, up to {LARGEST_SIDE} {shown}")
     group.add_argument("--channels", type=int, choices=(1, 3), default=3,
                        help=f"with --dataset folder: 3 for colour, 1 for grey {shown}")
+    cli.add_validation_images(group)
     cli.add_num_workers(group)
 
     group = parser.add_argument_group("model")
@@ -99,28 +100,23 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import checkpoint
 import data
-from data import image_folder
 from metrics import code_counts, evaluate, perplexity
 from modules import Losses, VectorQuantizedVAE, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
-from utils.memory import images_that_fit
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
+from utils.training_data import describe_split, load_batches
 from vector_quantizer import QUANTIZERS
 
-SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 PROJECTOR_IMAGES = 1000     # those in which the codes' surroundings are looked at
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
 
@@ -150,19 +146,37 @@ def train(trainer, batches):
             schedule.step()
             trainer.after_step(losses, code_counts(indices, args.k))  # log, save, notice signals
 
-        test_batches = tqdm(batches.test, desc="testing", leave=False, disable=distributed.hide_progress_bar())
-        test_losses, test_counts = evaluate(model, test_batches, args.device, args.beta)
-        trainer.save_epoch(test_losses.reconstruction, test_losses._asdict())
+        validation, _ = evaluate_on(trainer, batches.validation, "validating")
+        test, test_counts = evaluate_on(trainer, batches.test, "testing")            # nothing is chosen by it
+        losses = {"test": test} if validation is None else {"validation": validation, "test": test}
+        trainer.save_epoch(validation and validation.reconstruction,
+                           {name: split_losses._asdict() for name, split_losses in losses.items()})
         if distributed.is_main_process():
-            log_epoch(trainer, epoch, test_losses, test_counts, batches)
+            log_epoch(trainer, epoch, losses, test_counts, batches)
 
 
-def log_epoch(trainer, epoch, test_losses, test_counts, batches):
-    """The epoch's line in the track, its curves and its pictures; after the last epoch, the codebook's as well."""
+def evaluate_on(trainer, batches, what):
+    """Losses, and how often each code was chosen (K,), over batches; without batches both None."""
+    if batches is None:
+        return None, None
+    bar = tqdm(batches, desc=what, leave=False, disable=distributed.hide_progress_bar())
+    return evaluate(trainer.model, bar, trainer.args.device, trainer.args.beta)
+
+
+def log_epoch(trainer, epoch, losses, test_counts, batches):
+    """The epoch's line in the track, its curves and its pictures; after the last epoch, the codebook's as well.
+
+    losses: on the validation set, if there is one, and on the test set, {name: Losses}.
+    """
     args, model, state, writer = trainer.args, trainer.model, trainer.state, trainer.writer
-    train_losses, restarts = Losses(*state.mean_losses()), state.restarts.item()
+    restarts = state.restarts.item()
     position = trainer.position() if trainer.x_axis == "images" else epoch
-    tensorboard_logs.log_epoch(writer, epoch, position, test_losses, test_counts, state.code_counts.cpu(), restarts)
+    tensorboard_logs.log_epoch(writer, epoch, position, losses, test_counts, state.code_counts.cpu(), restarts)
+    values = {"epoch": epoch, "step": state.step, "perplexity": perplexity(test_counts), "restarts": restarts,
+              "used": int((test_counts > 0).sum()), "seconds": trainer.epoch_seconds()}
+    for split, split_losses in {"train": state.mean_losses(), "val": losses.get("validation"), "test": losses["test"]
+                                }.items():
+        values |= zip((f"{split}_{loss}" for loss in ("recon", "codebook", "commit")), split_losses or ())
     with trainer.optional("the use of the codes"):
         tensorboard_logs.log_code_use(writer, test_counts, epoch)
     with trainer.optional("the reconstructions"):
@@ -171,12 +185,12 @@ def log_epoch(trainer, epoch, test_losses, test_counts, batches):
         with trainer.optional("the codebook in the projector"):
             most = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
             tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:most][0].cpu(), epoch)
-        figures = {"at_end/mse": test_losses.reconstruction, "at_end/perplexity": perplexity(test_counts),
-                   "at_end/used": int((test_counts > 0).sum()), "best/mse": state.best, "best/epoch": state.best_epoch}
+        best = values if state.best_epoch == epoch else tensorboard_logs.track_row(state.track, state.best_epoch)
+        figures = {"at_end/test_mse": losses["test"].reconstruction, "at_end/test_perplexity": values["perplexity"],
+                   "at_end/test_used": values["used"], "best/epoch": state.best_epoch,
+                   "best/test_mse": best["test_recon"]}
         tensorboard_logs.log_hparams(writer, hparams(trainer), figures)
-    trainer.add_track_line(tensorboard_logs.track_line(
-        epoch, state.step, *train_losses[:3], *test_losses[:3], perplexity(test_counts),
-        int((test_counts > 0).sum()), restarts, trainer.epoch_seconds()))
+    trainer.add_track_line(tensorboard_logs.TRACK_COLUMNS, values)
 
 
 def hparams(trainer):
@@ -211,37 +225,7 @@ def check_quantizer_arguments(parser, args, argv):
         args.k = K
 
 
-# ---------------------------------------------------------------- data, model, optimizer
-
-class Batches(NamedTuple):
-    """The data of a training."""
-
-    train_set: Dataset
-    test_set: Dataset
-    train: Iterable                 # of this process's shard of each batch
-    test: Iterable
-    generator: torch.Generator      # of the training images' order
-    shown: torch.Tensor             # uint8 test images (B, C, H, W) for TensorBoard
-
-
-def load_batches(args):
-    distributed.use_own_gpu(args.device)
-    with cli.errors_name_flag("--batch-size", args.batch_size):
-        batch_size = distributed.per_process_batch_size(args.batch_size, fixed=args.resume)
-    train_set, test_set = inputs.load_data(
-        args.dataset, args.data_folder, [args.channels, args.image_size, args.image_size])
-    pin_memory = args.device.startswith("cuda")
-    if args.dataset == data.FOLDER:
-        image_folder.keep_in_memory(test_set, train_set)
-    elif pin_memory and not args.num_workers:               # the bytes of the whole set are few
-        train_set, test_set, pin_memory = train_set.to(args.device), test_set.to(args.device), False
-    generator, (H, W) = torch.Generator().manual_seed(args.seed), train_set.shape[1:]
-    return Batches(
-        train_set, test_set, data.batches(train_set, batch_size, generator, args.num_workers, pin_memory),
-        data.batches(distributed.shard(test_set), images_that_fit(H, W, args.hidden_size), None, args.num_workers,
-                     pin_memory),
-        generator, test_set[:tensorboard_logs.images_in_grid(SHOWN_IMAGES, H, W)][0].cpu())
-
+# ---------------------------------------------------------------- model, optimizer
 
 def build_trainer(args, files, batches, saved=None):
     """The Trainer of a new model. saved: the contents of the checkpoint to resume from, if there is one."""
@@ -250,7 +234,7 @@ def build_trainer(args, files, batches, saved=None):
     config = {"channels": batches.train_set.shape[0], "hidden_size": args.hidden_size, "num_codes": args.k,
               "downsample": args.downsample, "quantizer": args.quantizer, **quantizer_settings(args)}
     metadata = {"format": checkpoint.FORMAT, "kind": "vqvae", "config": config,
-                "dataset": data.describe(args.dataset, args.data_folder, batches.train_set)}
+                "dataset": batches.dataset}
     if saved:
         check_metadata(metadata, saved)
     with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
@@ -265,7 +249,8 @@ def build_trainer(args, files, batches, saved=None):
     no_restarts = torch.zeros((), dtype=torch.int64, device=args.device)
     return Trainer(
         args, files, metadata, model, optimizer, schedule, batches.generator, len(batches.train_set), Losses._fields,
-        size_flags, step_tag="loss/train/", track=["  ".join(tensorboard_logs.TRACK_COLUMNS)],
+        size_flags, step_tag="loss/train/",
+        track=[tensorboard_logs.track_header(tensorboard_logs.TRACK_COLUMNS, batches.validation is not None)],
         restarts=getattr(model.quantizer, "restarts", no_restarts),
         code_counts=torch.zeros(args.k, dtype=torch.int64, device=args.device))
 
@@ -302,6 +287,16 @@ def begin_run(trainer, models, logs, last):
     trainer.begin([*numbered, *prior])
     settings = {**vars(args), "bfloat16": trainer.bfloat16, "environments": trainer.environments}
     files.write_atomically(models / "args.json", json.dumps(settings, indent=2).encode())
+
+
+def describe_best(state, validation_images):
+    """What best.pt is, in a sentence. validation_images: None of runs that began before any were held out."""
+    row = tensorboard_logs.track_row(state.track, state.best_epoch)
+    if not validation_images:
+        which = "Lowest test" if validation_images is None else "Test"
+        return f"{which} reconstruction loss: {row['test_recon']:.4f}, in epoch {state.best_epoch}"
+    return (f"Lowest validation reconstruction loss: {row['val_recon']:.4f}, in epoch {state.best_epoch}; test loss: "
+            f"{row['test_recon']:.4f}")
 
 
 def next_command(parser, args, model):
@@ -345,10 +340,9 @@ def run(args, parser, argv):
         if distributed.is_main_process():
             with cli.errors_name_flag("--output-folder", args.output_folder):
                 begin_run(trainer, models, logs, last)
-        described = (f"{args.dataset}: {trainer.num_images:,} images, {len(batches.test_set):,} to test"
-                     if args.dataset != data.FOLDER else batches.train_set.description)
-        print(f"Training on {described}, on {args.device}" + distributed.describe_processes()
-              + (f", from step {trainer.state.step:,} on." if args.resume else "."))
+        described = args.dataset if args.dataset != data.FOLDER else batches.train_set.description
+        print(f"Training on {described}: {describe_split(args, batches.train_set, batches.test_set)}, on {args.device}"
+              + distributed.describe_processes() + (f", from step {trainer.state.step:,} on." if args.resume else "."))
         trainer.print_track()
         start = time.perf_counter()
         with trainer.running():
@@ -358,8 +352,7 @@ def run(args, parser, argv):
                 with trainer.optional("the graph"):
                     tensorboard_logs.log_graph(trainer.writer, trainer.model, batches.shown)
             train(trainer, batches)
-    print(f"Done in {time.perf_counter() - start:.0f} s. Lowest test reconstruction loss: {trainer.state.best:.4f}, "
-          f"in epoch {trainer.state.best_epoch}.\n"
+    print(f"Done in {time.perf_counter() - start:.0f} s. {describe_best(trainer.state, args.validation_images)}.\n"
           f"  checkpoint  {run_files.best}\n  track       {run_files.track}\n  logs        {logs}\n"
           f"Next: {next_command(parser, args, run_files.best)}\n"
           f"      tensorboard --logdir logs")

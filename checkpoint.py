@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from metrics.classifier import DigitClassifier
 from modules import VectorQuantizedVAE
-from prior import TAIL_BINS, CodePrior
+from prior import TAIL_KNOTS, CodePrior
 from utils.files import command, read_file, write_atomically
 from vector_quantizer import QUANTIZERS
 
@@ -194,7 +194,7 @@ def load_prior(path, vqvae, device="cpu"):
         raise OtherModelError(f"this prior belongs to another VQ-VAE than {vqvae_path}: train one for it with "
                               + command("train_prior.py", "--model", vqvae_path))
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
-        contents["model"].setdefault("tail", torch.zeros(1 + TAIL_BINS))
+        contents["model"].setdefault("tail", torch.zeros(1 + TAIL_KNOTS))
     prior = _rebuild(CodePrior, contents, device)
     names = contents.get("classes", [str(i) for i in range(prior.num_classes)])
     if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):

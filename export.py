@@ -41,7 +41,6 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +50,6 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from prior import TAIL_FROM
 from utils import files, inputs
 from utils.memory import images_that_fit, is_out_of_memory, items_that_fit, maps_that_fit
 
@@ -124,14 +122,6 @@ def tied_codes(model, given, found):
     return tied
 
 
-def at_bin_edges(prior, given, found):
-    """Which logits (B, T, K) may get the calibration of either of two bins: their log-probability is between both."""
-    uncalibrated = deepcopy(prior)
-    uncalibrated.tail.zero_()
-    depth = -uncalibrated(*given).log_softmax(dim=-1) - TAIL_FROM
-    return (depth - depth.round()).abs() < 10 * TOLERANCE * depth.abs().clamp(min=1)
-
-
 def parts_of(model, prior, image_shape):
     """The Parts of a model, and of its prior if that is not None. They are checked on the images of random codes."""
     _, H, W = image_shape
@@ -148,8 +138,7 @@ def parts_of(model, prior, image_shape):
         most = min(maps_that_fit(prior), items_that_fit(8 * h * w * model.quantizer.num_codes))
         # Its logits (B, T, K) are calibrated, as CodePrior.sample() uses them.
         labels = torch.arange(len(indices)) % (prior.num_classes + 1)
-        parts.append(Part("prior", prior, {"indices": indices[:most], "labels": labels[:most]},
-                          "logits", partial(at_bin_edges, prior), "at the edge of a bin of the calibration"))
+        parts.append(Part("prior", prior, {"indices": indices[:most], "labels": labels[:most]}, "logits"))
     return parts
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 TAIL_FROM = 6           # codes with a probability below exp(−TAIL_FROM) are the tail
-TAIL_BINS = 12          # of width 1 in the log-probability; the last one is open
+TAIL_KNOTS = 12         # of its calibration, at the log-probabilities −TAIL_FROM − 0.5, −TAIL_FROM − 1.5, …
 BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of float32, whatever K and T
 
 
@@ -72,8 +72,8 @@ class CodePrior(nn.Module):
         self.blocks = nn.ModuleList(Block(embedding, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(embedding)
         self.head = nn.Linear(embedding, num_codes)
-        # Added to the logits of the codes in each bin of the tail; the first number to those outside it.
-        self.register_buffer("tail", torch.zeros(1 + TAIL_BINS))
+        # Added to the logits, linearly between the knots; the first number, 0, to those above the tail.
+        self.register_buffer("tail", torch.zeros(1 + TAIL_KNOTS))
         self.apply(self._init)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -179,9 +179,10 @@ class CodePrior(nn.Module):
         """Fit the probabilities of improbable codes to maps (N, h, w) and labels (N,), batch_size of them at a time.
 
         A softmax over hundreds of codes gives the improbable ones too much probability in total. The loss hardly
-        changes, but a single such code spoils a sample. So the mean probability in each bin of the tail is scaled to
-        the frequency of the codes that fall into it (histogram binning, Zadrozny and Elkan 2001). In training mode the
-        logits are left as they are.
+        changes, but a single such code spoils a sample. So the probabilities around each knot of the tail are scaled to
+        the frequency of the codes that have them (histogram binning, Zadrozny and Elkan 2001), each code counting for
+        the two knots that it lies between, and the logits are changed linearly from knot to knot: rounding then changes
+        a probability by rounding alone. In training mode the logits are left as they are.
         """
         was_training = self.training
         self.eval()
@@ -191,21 +192,31 @@ class CodePrior(nn.Module):
             hidden = self._hidden(map_batch, label_batch, None)       # (B, T, E)
             for rows, codes in self._blocks_of_rows(hidden, map_batch):
                 logits = self._logits(rows)                           # (n, K)
-                bins, probabilities = self._bins(logits), logits.softmax(dim=1)
-                sums = torch.zeros_like(self.tail).index_add_(0, bins.flatten(), probabilities.flatten())
-                found = bins.gather(1, codes.unsqueeze(1)).flatten()
-                expected += sums.cpu()
-                observed += torch.zeros_like(self.tail).index_add_(0, found, torch.ones_like(rows[:, 0]).float()).cpu()
+                knots, shares = self._knots(logits)                   # (n, K)
+                codes = codes.unsqueeze(1)
+                expected += self._per_knot(knots, shares, logits.softmax(dim=1))
+                observed += self._per_knot(knots.gather(1, codes), shares.gather(1, codes), torch.ones_like(codes))
         self.tail[1:] = ((observed + 0.5) / (expected + 0.5)).log()[1:].to(self.tail)
         self.train(was_training)
 
-    def _bins(self, logits):
-        """The bin of each code of logits (..., K): 0, or in the tail 1 to TAIL_BINS."""
-        depth = -logits.log_softmax(dim=-1) - TAIL_FROM
-        return (depth.floor().long() + 1).clamp(0, TAIL_BINS)
+    @staticmethod
+    def _knots(logits):
+        """For each code of logits (..., K) the knot before it, up to TAIL_KNOTS − 1, and the share of the next one."""
+        position = (0.5 - TAIL_FROM - logits.log_softmax(dim=-1)).clamp(0, TAIL_KNOTS)
+        knots = position.long().clamp(0, TAIL_KNOTS - 1)          # also where a logit is not a number
+        return knots, position - knots
+
+    def _per_knot(self, knots, shares, weights):
+        """The sum of weights at each knot, each divided between the two that it lies between, in float64 on the CPU."""
+        sums = torch.zeros(1 + TAIL_KNOTS, device=weights.device)
+        sums.index_add_(0, knots.flatten(), ((1 - shares) * weights).flatten())
+        sums.index_add_(0, 1 + knots.flatten(), (shares * weights).flatten())
+        return sums.cpu().double()
 
     def _calibrated(self, logits):
-        return logits + self.tail.to(logits)[self._bins(logits)]
+        knots, shares = self._knots(logits)
+        tail = self.tail.to(logits)
+        return logits + torch.lerp(tail[knots], tail[knots + 1], shares)
 
     def _condition(self, labels, shifts=None):
         shifts = torch.zeros_like(labels) if shifts is None else shifts.to(labels.device)

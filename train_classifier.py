@@ -58,7 +58,7 @@ from utils.trainer import Trainer
 
 MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = math.radians(12), 0.1, 0.1      # radians, of the size, of half the width
 WEIGHT_DECAY = 0.05
-COLUMNS = "epoch", "train_loss", "test_accuracy", "seconds"
+COLUMNS = {"epoch": "d", "train_loss": ".4f", "test_accuracy": ".4f", "seconds": ".1f"}         # and their formats
 
 
 def augment(x):
@@ -87,10 +87,11 @@ def train(trainer, batches, test_set):
             trainer.after_step([loss])                                # save, notice signals
 
         accuracy = test_accuracy(model, test_set, args.device)
-        trainer.save_model(trainer.files.best, {"accuracy": accuracy})           # the latest, whatever its accuracy
+        trainer.save_model(trainer.files.best, {"test": {"accuracy": accuracy}})     # the latest, whatever its accuracy
         [train_loss] = trainer.state.mean_losses()
         tensorboard_logs.log_classifier(trainer.writer, epoch, train_loss, accuracy)
-        trainer.add_track_line(f"{epoch:5}  {train_loss:10.4f}  {accuracy:13.4f}  {trainer.epoch_seconds():7.1f}")
+        trainer.add_track_line(COLUMNS, {"epoch": epoch, "train_loss": train_loss, "test_accuracy": accuracy,
+                                         "seconds": trainer.epoch_seconds()})
     return accuracy
 
 

@@ -17,6 +17,8 @@ def get_parser():
     shown = "(default: %(default)s)"
     cli.add_model_arguments(parser)
 
+    cli.add_validation_images(parser)
+
     group = parser.add_argument_group("prior")
     group.add_argument("--layers", type=arguments.integer(1), default=4, metavar="N",
                        help=f"blocks of the transformer {shown}")
@@ -71,18 +73,18 @@ from utils.memory import maps_that_fit
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
+from utils.training_data import describe_split, hold_out
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
-CALIBRATION_MAPS = 3000         # training maps that the prior is calibrated on after each epoch
+OLD_CALIBRATION_MAPS = 3000     # that a prior is calibrated on if it began before there were validation maps
 SAMPLED_MAPS = 100              # the most that are sampled to be looked at
 SAMPLE_SHARE = 0.1              # of an epoch's time, for these samples
 MEASURED_CODES = 2048           # in the steps whose time is measured before the training
 LONG_TRAINING = 3600            # seconds, from which on it is said how to make it shorter
 LARGE_MAPS = 10**9              # bytes, from which on it is said how many there are
-PATIENCE = 3                    # epochs without a lower test loss, after which the training stops
-COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
+PATIENCE = 3                    # epochs without a lower validation loss, after which the training stops
 # Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
 
 
@@ -111,17 +113,22 @@ def train(trainer, maps, vqvae, bits_per_nat):
             schedule.step()
             trainer.after_step([loss])                                # save, notice signals
 
-        test_nats = calibrate_and_evaluate(prior, maps)
-        bits = test_nats * bits_per_nat
-        trainer.save_epoch(test_nats, {"nats_per_code": test_nats, "bits_per_pixel": bits})
+        validation_nats = calibrate_and_evaluate(prior, maps, args.validation_images)
+        test_nats = nats_per_code(prior, maps.test, maps.test_labels)                # nothing is chosen by it
+        bits, losses = test_nats * bits_per_nat, {} if validation_nats is None else {"validation": validation_nats}
+        losses["test"] = test_nats
+        figures = {name: {"nats_per_code": value} for name, value in losses.items()}
+        figures["test"]["bits_per_pixel"] = bits
+        trainer.save_epoch(validation_nats, figures)
         if distributed.is_main_process():
             [train_nats] = trainer.state.mean_losses()
-            tensorboard_logs.log_prior(trainer.writer, epoch, train_nats, test_nats, bits)
+            tensorboard_logs.log_prior(trainer.writer, epoch, {"train": train_nats, **losses}, bits)
             if args.sample_every and epoch % args.sample_every == 0:
                 with trainer.optional("samples"):
                     log_samples(trainer, vqvae, epoch)
-            trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:14.4f}"
-                                   f"  {trainer.epoch_seconds():7.1f}")
+            trainer.add_track_line(tensorboard_logs.PRIOR_COLUMNS, {
+                "epoch": epoch, "train_nats": train_nats, "val_nats": validation_nats, "test_nats": test_nats,
+                "bits_per_pixel": bits, "seconds": trainer.epoch_seconds()})
 
 
 def nats(prior, indices, labels, shifts):
@@ -147,20 +154,19 @@ def per_process_dropout(args, step):
     return distributed.per_process_rng(args.seed + step * distributed.world_size())
 
 
-def calibrate_and_evaluate(prior, maps):
-    """Nats per code on the test set, of the prior calibrated on some training maps if that lowers them.
+def calibrate_and_evaluate(prior, maps, validation_images):
+    """Calibrate the prior on the validation maps. → its nats per code on them, or None if there are none
 
-    It does not if the training maps are overfitted.
+    validation_images: None of runs that began before any were held out, in which the test maps take their place; those
+    are calibrated on training maps.
     """
-    prior.tail.zero_()
-    plain = nats_per_code(prior, maps.test, maps.test_labels)
-    N = len(maps.train_labels)
-    rows = torch.linspace(0, N - 1, min(CALIBRATION_MAPS, N)).long()
-    prior.calibrate(maps.train[0, rows], maps.train_labels[rows], maps_that_fit(prior))
-    calibrated = nats_per_code(prior, maps.test, maps.test_labels)
-    if calibrated >= plain:
-        prior.tail.zero_()
-    return min(plain, calibrated)
+    if maps.validation is None:
+        return None
+    held_out = maps.validation, maps.validation_labels
+    calibrated_on = held_out if validation_images else (maps.train[0, :OLD_CALIBRATION_MAPS],
+                                                        maps.train_labels[:OLD_CALIBRATION_MAPS])
+    prior.calibrate(*calibrated_on, maps_that_fit(prior))
+    return nats_per_code(prior, *held_out)
 
 
 def log_samples(trainer, vqvae, epoch):
@@ -189,8 +195,9 @@ def describe_cost(trainer, source):
     """What is printed before a training: the codes of an image, the time that it will take, how to shorten it."""
     args, vqvae, N, (H, W) = trainer.args, source.vqvae, trainer.num_images, source.shape[1:]
     h, w = vqvae.map_size(H, W)
-    # A map that is tested, twice, or calibrated takes a third of one in a step.
-    maps = (N + 2 / 3 * len(source.test_set)) / distributed.world_size() + min(CALIBRATION_MAPS, N) / 3
+    # A map that is evaluated takes a third of one in a step; the validation maps are calibrated on as well.
+    validated = len(source.validation_set or ())
+    maps = (N + (validated + len(source.test_set)) / 3) / distributed.world_size() + validated / 3
     seconds = maps * cost.seconds_per_item(trainer, nats, random_batch(trainer.model, args))
     seconds, epochs = (1 + SAMPLE_SHARE) * seconds, args.num_epochs - trainer.state.epoch + 1
     line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
@@ -217,7 +224,8 @@ class Source(NamedTuple):
     sha256: str                     # of its file
     shape: list                     # [C, H, W]
     dataset: str                    # its name
-    train_set: Dataset
+    train_set: Dataset              # without the images held out
+    validation_set: Dataset | None
     test_set: Dataset
 
 
@@ -228,7 +236,8 @@ def load_source(args, vqvae, contents, path):
     shape = contents["dataset"]["shape"]
     if train_set.shape != shape:
         raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
-    return Source(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, test_set)
+    train_set, validation_set = hold_out(args, train_set, test_set)
+    return Source(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, validation_set, test_set)
 
 
 def build_trainer(args, files, source, saved=None):
@@ -254,7 +263,7 @@ def build_trainer(args, files, source, saved=None):
     steps = args.num_epochs * math.ceil(len(source.train_set) / args.batch_size)
     return Trainer(args, files, metadata, prior, optimizer, warm_up_then_cosine(optimizer, steps), generator,
                    len(source.train_set), ("prior",), "--width or --layers", patience=PATIENCE,
-                   track=["  ".join(COLUMNS)])
+                   track=[tensorboard_logs.track_header(tensorboard_logs.PRIOR_COLUMNS, bool(source.validation_set))])
 
 
 def warm_up_then_cosine(optimizer, steps):
@@ -271,6 +280,16 @@ def logs_of(path):
     folder = path.resolve().parent
     inside = folder.is_relative_to(Path("models").resolve()) and folder != Path("models").resolve()
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
+
+
+def describe_best(state, validation_images):
+    """What prior.pt is, in a sentence. validation_images: None of runs that began before any were held out."""
+    row = tensorboard_logs.track_row(state.track, state.best_epoch)
+    if not validation_images:
+        which = "Lowest test" if validation_images is None else "Test"
+        return f"{which} loss: {row['test_nats']:.4f} nats per code, in epoch {state.best_epoch}"
+    return (f"Lowest validation loss: {row['val_nats']:.4f} nats per code, in epoch {state.best_epoch}; test loss: "
+            f"{row['test_nats']:.4f}")
 
 
 def run(args, parser, argv):
@@ -301,8 +320,8 @@ def run(args, parser, argv):
             source = load_source(args, vqvae, contents, path)
             trainer = build_trainer(args, run_files, source)
         trainer.check_same_everywhere(source.test_set.labels.tolist())
-        print(f"Training a prior on the codes of {path} for {source.dataset}: {len(source.train_set):,} images, "
-              f"{len(source.test_set):,} to test" + distributed.describe_processes()
+        print(f"Training a prior on the codes of {path} for {source.dataset}: "
+              + describe_split(args, source.train_set, source.test_set) + distributed.describe_processes()
               + (f", from step {trainer.state.step:,} on." if args.resume else "."))
         if args.resume:
             trainer.note_environment()
@@ -310,8 +329,8 @@ def run(args, parser, argv):
             trainer.choose_precision(nats, random_batch(trainer.model, args))
         print(describe_cost(trainer, source), flush=True)
         with inputs.memory_for(f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
-            maps = encode_sets(source.vqvae, source.train_set, source.test_set, offsets_up_to(args.shift), args.device,
-                               args.num_workers)
+            maps = encode_sets(source.vqvae, source.train_set, source.validation_set, source.test_set,
+                               offsets_up_to(args.shift), args.device, args.num_workers)
         if distributed.is_main_process():
             with cli.errors_name_flag("--model", path):
                 run_files.check("prior", args.resume, args.overwrite)           # after minutes of encoding
@@ -321,8 +340,8 @@ def run(args, parser, argv):
         with trainer.running():
             train(trainer, maps, source.vqvae, bits_per_nat=h * w / (math.prod(source.shape) * math.log(2)))
     if trainer.should_stop_early():
-        print(f"Stopped: the test loss has not fallen for {PATIENCE} epochs.")
-    print(f"Lowest test loss: {trainer.state.best:.4f} nats per code, in epoch {trainer.state.best_epoch}.\n"
+        print(f"Stopped: the validation loss has not fallen for {PATIENCE} epochs.")
+    print(f"{describe_best(trainer.state, args.validation_images)}.\n"
           f"  prior  {run_files.best}\n  logs   {logs}\n"
           "Next: " + files.command("generate.py", "--model", path, "--input", "prior"))
 

@@ -23,6 +23,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
 FOLDER = DATASETS[-1]           # the data set that is any folder of images
+VALIDATION_PART, MAX_VALIDATION = 12, 5000          # by default one of so many training images, at most so many
 LIGHT_ON_DARK = set(DATASETS) - {"CIFAR10", "SVHN", FOLDER}         # MNIST and its relatives
 DIGITS = tuple("0123456789")
 
@@ -50,6 +51,10 @@ class Images(Dataset):
     def to(self, device):
         """The same on a device, from which worker processes cannot load."""
         return Images(self.images.to(device), self.labels.to(device), self.classes)
+
+    def subset(self, rows):
+        """The images of these rows alone, a tensor of indices."""
+        return Images(self.images[rows], self.labels[rows], self.classes)
 
     # The DataLoader calls this with the indices of a batch: one tensor look-up, no Python per image.
     __getitems__ = __getitem__
@@ -156,8 +161,28 @@ def load(name, folder, shape=None):
     return tuple(Images(*part, downloads.SOURCES[name].classes) for part in downloads.load(name, Path(folder)))
 
 
+def hold_out(train_set, count=None):
+    """Split a training set into images to train on and `count` of them to validate: (training set, validation set).
+
+    By default a twelfth is held out, at most MAX_VALIDATION. Of a data set they are always the same, whatever is
+    trained on it, and a smaller number are among those of a larger one. With count 0 there is no validation set, but
+    None. Raises ValueError if no image to train on would be left.
+    """
+    N = len(train_set)
+    count = min(N // VALIDATION_PART, MAX_VALIDATION) if count is None else count
+    if count >= N:
+        raise ValueError(f"the data set has {N:,} training images: hold out fewer")
+    if not count:
+        return train_set, None
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    return train_set.subset(order[count:].sort().values), train_set.subset(order[:count].sort().values)
+
+
 def describe(name, folder, dataset):
-    """What a checkpoint records of the data set, as plain values: name, shape, and what differs from MNIST."""
+    """What a checkpoint records of the data set, as plain values: name, shape, and what differs from MNIST.
+
+    dataset: the complete training set.
+    """
     description = {"name": name, "shape": dataset.shape}
     if dataset.classes != list(DIGITS):
         description["classes"] = dataset.classes

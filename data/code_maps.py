@@ -14,12 +14,14 @@ from utils.memory import images_that_fit
 
 
 class CodeMaps(NamedTuple):
-    """What a prior is trained and tested on. The codes are of the smallest_type()."""
+    """What a prior is trained, chosen and tested on. The codes are of the smallest_type()."""
 
     train: torch.Tensor             # (S, N, h, w), for each shift of the training images
     train_labels: torch.Tensor      # (N,)
-    test: torch.Tensor              # (N', h, w)
-    test_labels: torch.Tensor       # (N',)
+    validation: torch.Tensor | None                 # (N', h, w)
+    validation_labels: torch.Tensor | None          # (N',)
+    test: torch.Tensor              # (N″, h, w)
+    test_labels: torch.Tensor       # (N″,)
 
 
 def smallest_type(num_codes):
@@ -41,26 +43,31 @@ def encode(model, batches, device, bar=None):
     return torch.cat(maps)
 
 
-def encode_sets(model, train_set, test_set, offsets, device, num_workers=0):
-    """The CodeMaps of both sets, the training images moved by each of S offsets (dy, dx) in pixels.
+def encode_sets(model, train_set, validation_set, test_set, offsets, device, num_workers=0):
+    """The CodeMaps of the sets, the training images moved by each of S offsets (dy, dx) in pixels.
 
-    Of several processes each encodes its shard, and all get the complete maps.
+    validation_set may be None. Of several processes each encodes its shard, and all get the complete maps.
     """
     (H, W), dtype = train_set.shape[1:], smallest_type(model.quantizer.num_codes)
     batch_size = images_that_fit(H, W, model.quantizer.dim)
-    train_shard, test_shard = distributed.shard(train_set), distributed.shard(test_set)
-    with tqdm(total=len(offsets) * len(train_shard) + len(test_shard), desc="encoding", unit="img", unit_scale=True,
-              leave=False, disable=distributed.hide_progress_bar()) as bar:
+    train_shard, evaluated = distributed.shard(train_set), []
+    shards = [part and distributed.shard(part) for part in (validation_set, test_set)]
+    with tqdm(total=len(offsets) * len(train_shard) + sum(map(len, filter(None, shards))), desc="encoding", unit="img",
+              unit_scale=True, leave=False, disable=distributed.hide_progress_bar()) as bar:
         train, rows = torch.empty(len(offsets), len(train_shard), *model.map_size(H, W), dtype=dtype), 0
         for images, labels in data.batches(train_shard, batch_size, None, num_workers):       # each image is read once
             for maps, (dy, dx) in zip(train, offsets):
                 maps[rows:rows + len(images)] = encode(model, [(shift_images(images, dy, dx), labels)], device, bar)
             rows += len(images)
-        test = encode(model, data.batches(test_shard, batch_size, None, num_workers), device, bar)
         if distributed.world_size() > 1:
             train = torch.stack([distributed.gather_rows(maps, len(train_set)) for maps in train])
-        return CodeMaps(train, _gather_labels(train_set), distributed.gather_rows(test, len(test_set)),
-                        _gather_labels(test_set))
+        for part, part_shard in zip((validation_set, test_set), shards):
+            if part is None:
+                evaluated += None, None
+                continue
+            maps = encode(model, data.batches(part_shard, batch_size, None, num_workers), device, bar)
+            evaluated += distributed.gather_rows(maps, len(part)), _gather_labels(part)
+        return CodeMaps(train, _gather_labels(train_set), *evaluated)
 
 
 def _gather_labels(dataset):

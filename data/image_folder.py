@@ -54,6 +54,12 @@ class ImageFiles(Dataset):
         """What worker processes receive: not the images that are kept, nor the paths of other sets."""
         return {**vars(self), "kept": None, "is_kept": None, "all_paths": None}
 
+    def subset(self, rows):
+        """The images of these rows alone, a tensor of indices, none of them kept in memory yet."""
+        part = ImageFiles([self.paths[row] for row in rows.tolist()], self.labels[rows], self.shape, self.classes)
+        part.description, part.left_out = self.description, self.left_out
+        return part
+
     @cached_property
     def fingerprint(self):
         """A hash of the names and sizes of the files of both sets.
@@ -227,7 +233,7 @@ def load(folder, shape):
     if not all(len(part) for part in sets):
         raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed")
     for part in sets:
-        part.left_out, part.description = left_out, _describe(folder, sets, roots, ignored)
+        part.left_out, part.description = left_out, _describe(folder, classes, roots, ignored)
         part.all_paths, part.folder = [path for path, _ in images], folder
     return tuple(sets)
 
@@ -252,13 +258,12 @@ def _find_sets(folder):
     return folder, roots, [path.name for path in inside if path not in roots]
 
 
-def _describe(folder, sets, roots, ignored):
+def _describe(folder, classes, roots, ignored):
     """One line on how the folder was read."""
-    classes, (train, test) = sets[0].classes, [f"{len(part):,}" for part in sets]
     names = ", ".join(printable(name) for name in classes[:5]) + ", …" * (len(classes) > 5)
-    where = [f" (in {root.name})" for root in roots] if len(roots) == 2 else ["", ""]
-    return (f"{folder}: {len(classes)} class{'es' * (len(classes) > 1)} ({names}), {train} images to train{where[0]}, "
-            f"{test} to test{where[1]}" + f"; ignored: {', '.join(map(printable, ignored[:5]))}" * bool(ignored))
+    where = f"; to train: {roots[0].name}, to test: {roots[1].name}" if len(roots) == 2 else ""
+    return (f"{folder} ({len(classes)} class{'es' * (len(classes) > 1)}: {names}{where}"
+            + f"; ignored: {', '.join(map(printable, ignored[:5]))}" * bool(ignored) + ")")
 
 
 def list_files(root):

@@ -135,8 +135,8 @@ def test_failing_evaluation_loses_no_step_of_its_epoch(mnist_folder, tmp_path):
     assert run_script(*run, cwd=tmp_path / "uninterrupted").returncode == 0
     folder = tmp_path / "interrupted"
     result = run_script(*run, cwd=folder, prepare=break_evaluation)
-    assert_one_line_error(result, "memory has run out in the test after epoch 1: choose a smaller --hidden-size or --k",
-                          f"{LAST} is intact, with more memory resume")
+    assert_one_line_error(result, "memory has run out in the evaluation after epoch 1: choose a smaller "
+                          "--hidden-size or --k", f"{LAST} is intact, with more memory resume")
     assert torch.load(folder / LAST, weights_only=True)["step"] == 30       # all of the first epoch
     assert run_script(*RESUME, cwd=folder).returncode == 0
     assert_same_run(tmp_path / "uninterrupted", folder)

@@ -259,7 +259,7 @@ def test_next_image_replaces_a_broken_one_and_is_reported_once(num_workers, keep
 def test_prior_is_trained_with_the_labels_of_the_replacements(tmp_path):
     train, test = make_files(tmp_path / "train", 6, broken=[2]), make_files(tmp_path / "test", 4, broken=[3])
     model = VectorQuantizedVAE(1, 2, 4, codebook_init="uniform").eval()
-    maps = code_maps.encode_sets(model, train, test, [(0, 0), (0, 1)], "cpu", num_workers=0)
+    maps = code_maps.encode_sets(model, train, None, test, [(0, 0), (0, 1)], "cpu", num_workers=0)
     assert maps.train_labels.tolist() == [0, 1, 3, 3, 4, 5] and maps.test_labels.tolist() == [0, 1, 2, 0]
     assert torch.equal(maps.train[:, 2], maps.train[:, 3]) and torch.equal(maps.test[3], maps.test[0])
 

@@ -78,7 +78,7 @@ def logged_values(logs):
     logged = {(kind, tag): sorted(values(tag)) for kind, values in readers.items() for tag in tags[kind]}
     logged["graph"] = tags["graph"] and run.Graph()
     logged["charts"] = [event.tensor_proto for event in run.Tensors(CONFIG_SUMMARY_TAG)]
-    if "at_end/mse" in tags["scalars"]:
+    if "at_end/test_mse" in tags["scalars"]:
         content = run.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
         logged["hparams"] = HParamsPluginData.FromString(content)
     return logged

@@ -218,7 +218,7 @@ def test_price_counts_steps_tests_and_epochs_left(tmp_path, monkeypatch):
     script = import_script("train_prior.py")
     vqvae = VectorQuantizedVAE(hidden_size=4, num_codes=300)
     sets = [Images(torch.zeros(N, 1, 32, 64, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
-            for N in (6000, 900)]
+            for N in (6000, 600, 900)]
     source = script.Source(vqvae, "", "", [1, 32, 64], "MNIST", *sets)
     measured = []
     monkeypatch.setattr(script.cost.speed, "measure_step_seconds",
@@ -230,12 +230,12 @@ def test_price_counts_steps_tests_and_epochs_left(tmp_path, monkeypatch):
         trainer.state.epoch = 3
         return script.describe_cost(trainer, source)
 
-    # 16 maps in 2.56 s; 6,000 to train, 900 to test twice, 3,000 to calibrate, and a tenth more for samples.
+    # 16 maps in 2.56 s; 6,000 to train, 600 to validate and calibrate, 900 to test, and a tenth more for samples.
     line = describe("--num-epochs", "4")
-    assert line.startswith("An image is 8×16 = 128 codes. An epoch takes about 22 minutes, the whole training about 45")
+    assert line.startswith("An image is 8×16 = 128 codes. An epoch takes about 20 minutes, the whole training about 39")
     assert "--downsample" not in line and measured[0].requires_grad
     line = describe("--num-epochs", "12")
-    assert "about 3.7 hours" in line and "--downsample 8: a quarter of the codes" in line and "GB" not in line
+    assert "about 3.3 hours" in line and "--downsample 8: a quarter of the codes" in line and "GB" not in line
     monkeypatch.setattr(script, "LARGE_MAPS", 10**6)
     assert "take 0.0 GB of memory, less with --shift 0." in describe() and "--shift" not in describe("--shift", "0")
     assert [script.cost.duration(seconds) for seconds in (0.1, 119, 120, 7199, 7200)] == [
@@ -255,7 +255,7 @@ def test_logged_pictures_are_bounded(tmp_path):
     with tensorboard_logs.open_writer(tmp_path) as writer:
         tensorboard_logs.log_codebook(writer, model, counts, images, 1)
         losses = vqvae_losses(torch.zeros(1, 3, 8, 8), model(torch.zeros(1, 3, 8, 8)), 1.0)
-        tensorboard_logs.log_epoch(writer, 1, 60_000, losses, counts, counts, 0)
+        tensorboard_logs.log_epoch(writer, 1, 60_000, {"test": losses}, counts, counts, 0)
         tensorboard_logs.log_code_use(writer, counts, 1)
     assert {shape[1:] for shape in decoded} == {(3, 3)} and 4000 < sum(shape[0] for shape in decoded) < 4096
     metadata = (tmp_path / "00001" / "codebook" / "metadata.tsv").read_text().splitlines()

@@ -30,14 +30,14 @@ from utils import code_use, tensorboard_logs
 from vector_quantizer import VectorQuantizer
 
 LOSSES = ("reconstruction", "codebook", "commitment", "total")
-FINAL = {"at_end/mse", "at_end/perplexity", "at_end/used", "best/mse", "best/epoch"}
-STEPS = 2 * 36              # two epochs of 9,000 digits in batches of 256
-LOGGED_IMAGES = [2560, 5120, 7680, 9000, 11560, 14120, 16680, 18000]            # every ten steps, and at an epoch's end
+FINAL = {"at_end/test_mse", "at_end/test_perplexity", "at_end/test_used", "best/epoch", "best/test_mse"}
+STEPS = 2 * 33              # two epochs of 8,250 digits in batches of 256: 750 are held out
+LOGGED_IMAGES = [2560, 5120, 7680, 8250, 10810, 13370, 15930, 16500]            # every ten steps, and at an epoch's end
 
 
-def track(folder):
+def track(folder, name="run"):
     """{column: values} of the text track of a run."""
-    lines = (folder / "models" / "run" / "track.txt").read_text().splitlines()
+    lines = (folder / "models" / name / "track.txt").read_text().splitlines()
     rows = [[float(value) for value in line.split()] for line in lines[1:]]
     return {name: [row[i] for row in rows] for i, name in enumerate(lines[0].split())}
 
@@ -50,10 +50,16 @@ def test_run_writes_its_files_and_prints_their_paths(trained):
         assert path in stdout
     columns = track(trained)
     printed = [line.split() for line in stdout.splitlines()[1:4]]
-    assert printed[0] == ["epoch", "step", "train_recon", "test_recon", "perplexity", "used", "restarts", "seconds"]
+    assert printed[0] == ["epoch", "train_recon", "val_recon", "test_recon", "perplexity", "used", "restarts",
+                          "seconds"]
     assert [list(map(float, row)) for row in printed[1:]] == [[columns[name][i] for name in printed[0]] for i in (0, 1)]
     assert max(map(len, stdout.splitlines()[1:4])) < 80
+    best = int(np.argmin(columns["val_recon"]))
+    assert stdout.startswith("Training on MNIST-10k: 8,250 images, 750 to validate, 1,000 to test, on cpu.\n")
+    assert (f"Lowest validation reconstruction loss: {columns['val_recon'][best]:.4f}, in epoch {best + 1}; test loss: "
+            f"{columns['test_recon'][best]:.4f}.\n") in stdout
     arguments = json.loads((trained / "models" / "run" / "args.json").read_text())
+    assert arguments["validation_images"] == 750
     assert arguments["batch_size"] == 256 and arguments["seed"] == 0 and arguments["lr"] == 4e-3
     environment, = arguments["environments"]
     assert environment["torch"] == torch.__version__ and environment["threads"] == str(torch.get_num_threads())
@@ -62,14 +68,15 @@ def test_run_writes_its_files_and_prints_their_paths(trained):
 def test_event_file_has_every_tag(trained):
     run = events(trained / "logs" / "run")
     tags = run.Tags()
-    expected = {f"loss/{split}/{name}" for split in ("train", "test") for name in LOSSES}
+    expected = {f"loss/{split}/{name}" for split in ("train", "validation", "test") for name in LOSSES}
     assert set(tags["scalars"]) == expected | FINAL | {
         "lr", "codebook/perplexity", "codebook/used", "codebook/train/perplexity", "codebook/train/used",
         "codebook/restarts"}
     assert set(tags["images"]) == {"images/original", "images/reconstruction", "codebook/use"} and tags["graph"]
     for name in LOSSES:
         assert [event.step for event in run.Scalars(f"loss/train/{name}")] == LOGGED_IMAGES
-        assert [event.step for event in run.Scalars(f"loss/test/{name}")] == [9000, 18000]
+        for split in ("validation", "test"):
+            assert [event.step for event in run.Scalars(f"loss/{split}/{name}")] == [8250, 16500]
     assert [event.step for event in run.Images("images/original")] == [0]
     assert [event.step for event in run.Images("images/reconstruction")] == [0, 1, 2]
     assert [event.step for event in run.Images("codebook/use")] == [1, 2]
@@ -98,12 +105,12 @@ def test_tensorboard_serves_every_tag_and_custom_chart(trained):
         assert categories["losses"] == {
             "the three losses, training": [f"loss/train/{name}" for name in LOSSES[:3]],
             "the three losses, test": [f"loss/test/{name}" for name in LOSSES[:3]],
-            "reconstruction loss, training and test": ["loss/train/reconstruction", "loss/test/reconstruction"]}
+            "reconstruction loss by set": [f"loss/{split}/reconstruction" for split in ("train", "validation", "test")]}
         assert list(categories) == ["losses"]           # no empty chart for a prior that is not there
         for tag in (tag for tags in categories["losses"].values() for tag in tags):
             curves = get_json(f"data/plugin/custom_scalars/scalars?run=run&tag={tag}")["tag_to_events"]
             steps = [point[1] for point in curves.pop(tag)]
-            assert steps == (LOGGED_IMAGES if "train" in tag else [9000, 18000]) and not curves
+            assert steps == (LOGGED_IMAGES if "train" in tag else [8250, 16500]) and not curves
     finally:
         server.kill()
         server.wait()
@@ -112,7 +119,7 @@ def test_tensorboard_serves_every_tag_and_custom_chart(trained):
 
 def test_logged_losses_add_up_and_decrease(trained):
     run = events(trained / "logs" / "run")
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         parts = [np.array([event.value for event in run.Scalars(f"loss/{split}/{name}")]) for name in LOSSES]
         assert np.allclose(parts[0] + parts[1] + parts[2], parts[3], rtol=1e-5)          # β is 1
     train = [event.value for event in run.Scalars("loss/train/reconstruction")]
@@ -123,16 +130,18 @@ def test_text_track_matches_the_event_file(trained):
     columns, run = track(trained), events(trained / "logs" / "run")
     assert columns["epoch"] == [1, 2] and columns["step"] == [STEPS / 2, STEPS]
     pairs = {"test_recon": "loss/test/reconstruction", "test_codebook": "loss/test/codebook",
-             "test_commit": "loss/test/commitment", "perplexity": "codebook/perplexity", "used": "codebook/used"}
+             "test_commit": "loss/test/commitment", "val_recon": "loss/validation/reconstruction",
+             "val_codebook": "loss/validation/codebook", "val_commit": "loss/validation/commitment",
+             "perplexity": "codebook/perplexity", "used": "codebook/used"}
     for column, tag in pairs.items():
         assert np.allclose(columns[column], [event.value for event in run.Scalars(tag)], rtol=1e-2), column
     assert columns["restarts"] == [event.value for event in run.Scalars("codebook/restarts")]
     assert columns["restarts"][0] > 0
-    # A point is the mean of ten steps, or of six at the end. The mean of an epoch is over images, so that its
-    # last batch of 40 counts less than in a mean over steps.
+    # A point is the mean of ten steps, or of three at the end. The mean of an epoch is over images, so that its
+    # last batch of 58 counts less than in a mean over steps.
     for column, name in (("train_recon", "reconstruction"), ("train_commit", "commitment")):
         values = np.array([event.value for event in run.Scalars(f"loss/train/{name}")]).reshape(2, 4)
-        assert np.allclose(columns[column], values @ [10, 10, 10, 6] / 36, rtol=0.03)
+        assert np.allclose(columns[column], values @ [10, 10, 10, 3] / 33, rtol=0.03)
 
 
 @pytest.mark.parametrize("name, steps, expected", [
@@ -152,7 +161,7 @@ def test_schedules_match_their_formulas(name, steps, expected):
 def test_requested_schedule_spans_the_run(tmp_path):
     result = run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--batch-size", 500, "--num-epochs", 2,
                         "--hidden-size", 8, "--k", 16, "--lr", 1e-3, "--lr-schedule", "cosine",
-                        "--codebook-update", "ema", cwd=tmp_path)
+                        "--codebook-update", "ema", "--validation-images", 0, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     logged = {event.step / 500: event.value for event in events(tmp_path / "logs" / "vqvae").Scalars("lr")}
     assert list(logged) == [10, 18, 28, 36]
@@ -163,6 +172,12 @@ def test_requested_schedule_spans_the_run(tmp_path):
     assert (last["model"]["quantizer.cluster_sizes"] > 0).all()
     model, _ = checkpoint.load_model(tmp_path / "models" / "vqvae" / "best.pt")
     assert model.quantizer.ema
+    # With nothing held out, the last epoch is the best.
+    assert checkpoint.load(tmp_path / "models" / "vqvae" / "best.pt")["epoch"] == 2
+    assert not any("val" in name for name in track(tmp_path, "vqvae"))
+    tags = events(tmp_path / "logs" / "vqvae").Tags()["scalars"]
+    assert not any("validation" in tag for tag in tags) and set(tags) >= FINAL
+    assert "to validate" not in result.stdout and "Test reconstruction loss: " in result.stdout
 
 
 def test_training_code_counts_cover_each_epoch(mnist_folder, tmp_path, monkeypatch):
@@ -174,7 +189,7 @@ def test_training_code_counts_cover_each_epoch(mnist_folder, tmp_path, monkeypat
     script.log_epoch = lambda trainer, *args: epoch_counts.append(trainer.state.code_counts.tolist()) or log_epoch(
         trainer, *args)
     script.main(["--data-folder", str(mnist_folder), "--k", "32", "--hidden-size", "8", "--batch-size", "50",
-                 "--num-epochs", "2"])
+                 "--num-epochs", "2", "--validation-images", "0"])
     assert len(step_indices) == 24 and len(epoch_counts) == 2
     for steps, counts in zip((step_indices[:12], step_indices[12:]), epoch_counts):
         indices = torch.cat([step.flatten() for step in steps])
@@ -194,7 +209,7 @@ def test_restarts_are_counted_per_epoch(mnist_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(VectorQuantizer, "_restart_unused", counting_restart)
     import_script("VQ-VAE.py").main(["--data-folder", str(mnist_folder), "--batch-size", "50", "--num-epochs", "2",
                                      "--hidden-size", "8", "--k", "512", "--restart-after", "3", "--lr", "1e-2",
-                                     "--output-folder", "run"])
+                                     "--output-folder", "run", "--validation-images", "0"])
     assert track(tmp_path)["restarts"] == [sum(moved_per_step[:12]), sum(moved_per_step[12:])]
     assert len(moved_per_step) == 24 and min(track(tmp_path)["restarts"]) > 0
 
@@ -280,11 +295,12 @@ def test_hparams_hold_settings_and_final_metrics(trained):
     assert settings["lr"] == 4e-3 and settings["dataset"] == "MNIST-10k" and settings["codebook_update"] == "gradient"
     assert not {"data_folder", "output_folder"} & set(settings)
     final = {tag: run.Scalars(tag)[0].value for tag in FINAL}
-    assert final["at_end/mse"] == pytest.approx(columns["test_recon"][-1], abs=1e-5)
-    assert final["at_end/perplexity"] == pytest.approx(columns["perplexity"][-1], abs=0.1)
-    assert final["at_end/used"] == columns["used"][-1]
-    assert final["best/mse"] == pytest.approx(min(columns["test_recon"]), abs=1e-5)
-    assert columns["test_recon"][int(final["best/epoch"]) - 1] == min(columns["test_recon"])
+    assert final["at_end/test_mse"] == pytest.approx(columns["test_recon"][-1], abs=1e-5)
+    assert final["at_end/test_perplexity"] == pytest.approx(columns["perplexity"][-1], abs=0.1)
+    assert final["at_end/test_used"] == columns["used"][-1]
+    best = int(np.argmin(columns["val_recon"]))
+    assert final["best/test_mse"] == pytest.approx(columns["test_recon"][best], abs=1e-5)
+    assert final["best/epoch"] == best + 1
 
 
 def test_hparams_of_several_runs_begin_with_those_that_differ(tmp_path):
@@ -318,7 +334,8 @@ def test_logged_images_are_the_test_digits(trained):
 
 def test_checkpoints_reproduce_the_logged_metrics(trained):
     columns, folder = track(trained), trained / "models" / "run"
-    _, test_set = data.load("MNIST-10k", "MNIST")
+    train_set, test_set = data.load("MNIST-10k", "MNIST")
+    validation_set = data.hold_out(train_set)[1]
     for epoch in (1, 2):
         model, contents = checkpoint.load_model(folder / f"model_{epoch}.pt")
         losses, counts = evaluate(model, data.batches(test_set, 300), "cpu")
@@ -326,7 +343,10 @@ def test_checkpoints_reproduce_the_logged_metrics(trained):
         assert losses.reconstruction == pytest.approx(columns["test_recon"][epoch - 1], abs=1e-5)
         assert perplexity(counts) == pytest.approx(columns["perplexity"][epoch - 1], abs=0.2)
         assert contents["test"]["reconstruction"] == pytest.approx(losses.reconstruction, rel=1e-4)
-    best = int(np.argmin(columns["test_recon"])) + 1
+        losses, _ = evaluate(model, data.batches(validation_set, 300), "cpu")
+        assert contents["validation"]["codebook"] == pytest.approx(losses.codebook, rel=1e-4)
+        assert losses.reconstruction == pytest.approx(columns["val_recon"][epoch - 1], abs=1e-5)
+    best = int(np.argmin(columns["val_recon"])) + 1
     assert (folder / "best.pt").read_bytes() == (folder / f"model_{best}.pt").read_bytes()
     last = checkpoint.load(folder / "last.pt")
     assert set(last["training"]) == {"settings", "progress", "optimizer", "schedule", "random", "bfloat16",

@@ -42,13 +42,14 @@ def test_prior_is_saved_and_logged_next_to_its_model(folder):
     assert {path.name for path in (folder / "models" / "run").iterdir()} == {
         "best.pt", "prior.pt", "prior-last.pt", "prior-track.txt"}
     run, columns = events(folder / "logs" / "run"), track(folder)
-    assert set(run.Tags()["scalars"]) == {"prior/train", "prior/test", "prior/bits_per_pixel"}
+    assert set(run.Tags()["scalars"]) == {"prior/train", "prior/validation", "prior/test", "prior/bits_per_pixel"}
     assert [event.step for event in run.Images("prior/samples")] == [1, 2]
-    for column, tag in (("train_nats", "prior/train"), ("test_nats", "prior/test"),
+    for column, tag in (("train_nats", "prior/train"), ("val_nats", "prior/validation"), ("test_nats", "prior/test"),
                         ("bits_per_pixel", "prior/bits_per_pixel")):
         assert np.allclose([event.value for event in run.Scalars(tag)], columns[column], atol=1e-4)
     stdout = (folder / "stdout.txt").read_text()
     assert "models/run/prior.pt" in stdout and "--input prior" in stdout
+    assert "for MNIST-10k: 8,250 images, 750 to validate, 1,000 to test.\n" in stdout
     page = (ROOT / "docs" / "tensorboard.md").read_text()
     assert all(f"`{tag}`" in page for tag in run.Tags()["scalars"] + run.Tags()["images"])
 
@@ -57,14 +58,18 @@ def test_prior_test_loss_is_correct_and_beats_a_unigram_model(folder):
     run = folder / "models" / "run"
     model, _ = checkpoint.load_model(run / "best.pt")
     prior, contents = checkpoint.load_prior(run / "prior.pt", run / "best.pt")
-    sets = data.load("MNIST-10k", "MNIST")
+    train_set, test_set = data.load("MNIST-10k", "MNIST")
+    sets = *data.hold_out(train_set), test_set
     with torch.no_grad():
-        train, test = (torch.cat([model.encode(data.to_model_range(chunk)) for chunk in part.images.split(500)])
-                       for part in sets)
-        nats = -prior.log_prob(test, sets[1].labels).double().mean().item() / 49
+        train, validation, test = (torch.cat([model.encode(data.to_model_range(chunk))
+                                              for chunk in part.images.split(500)]) for part in sets)
+        validation_nats, nats = (-prior.log_prob(maps, part.labels).double().mean().item() / 49
+                                 for maps, part in ((validation, sets[1]), (test, test_set)))
     assert nats == pytest.approx(contents["test"]["nats_per_code"], abs=1e-4)
+    assert validation_nats == pytest.approx(contents["validation"]["nats_per_code"], abs=1e-4)
+    assert validation_nats == pytest.approx(track(folder)["val_nats"].min(), abs=1e-4)
     assert contents["test"]["bits_per_pixel"] == pytest.approx(nats * 49 / math.log(2) / 784, rel=1e-4)
-    assert nats == pytest.approx(track(folder)["test_nats"].min(), abs=1e-4)
+    assert nats == pytest.approx(track(folder)["test_nats"][contents["epoch"] - 1], abs=1e-4)
     shares = (torch.bincount(train.flatten(), minlength=512) + 1) / (train.numel() + 512)
     unigram = -shares[test].log().mean().item()
     assert nats < unigram - 0.3 and unigram < math.log(512)
@@ -87,7 +92,7 @@ def test_epoch_has_each_image_once_with_its_label_and_shift():
     script, generator = import_script("train_prior.py"), torch.Generator().manual_seed(0)
     # All entries of the map of image n with shift s are 20·s + n. The label of image n is n.
     train = torch.arange(60).view(3, 20, 1, 1).expand(-1, -1, 2, 2)
-    maps, orders = CodeMaps(train, torch.arange(20), None, None), []
+    maps, orders = CodeMaps(train, torch.arange(20), None, None, None, None), []
     for _epoch in range(2):
         batches = list(script.epoch_batches(maps, generator, batch_size=6))
         assert [len(labels) for _, labels, _ in batches] == [6, 6, 6, 2]
@@ -233,8 +238,8 @@ def test_bad_input_gets_one_line_errors(folder, tmp_path, monkeypatch, capsys):
 
 def test_best_epoch_is_kept_and_a_rising_loss_stops_training(folder, mnist_folder, tmp_path, monkeypatch,
                                                                       capsys):
-    # Two losses per epoch: before and after calibration.
-    script, losses = import_script("train_prior.py"), iter([3.0, 3.1, 2.4, 2.0, 2.5, 2.6, 2.6, 2.5, 2.1, 2.2, 1.0, 1.0])
+    # Two losses per epoch: on the validation set and on the test set, which would choose another one.
+    script, losses = import_script("train_prior.py"), iter([3.0, 3.1, 2.0, 2.4, 2.5, 2.6, 2.6, 1.5, 2.1, 1.2, 1.0, 1.0])
     (tmp_path / "models" / "run").mkdir(parents=True)
     shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
     monkeypatch.chdir(tmp_path)
@@ -243,9 +248,8 @@ def test_best_epoch_is_kept_and_a_rising_loss_stops_training(folder, mnist_folde
     script.main(["--model", "models/run/best.pt", "--dataset", "MNIST", "--data-folder", str(mnist_folder), "--shift",
                  "0", "--width", "12", "--drop-label", "0.3", "--dropout", "0.2"])
     _, contents = checkpoint.load_prior("models/run/prior.pt", "models/run/best.pt")
-    assert contents["epoch"] == 2 and contents["test"]["nats_per_code"] == 2
-    assert contents["model"]["tail"].any()
-    assert not checkpoint.load_prior("models/run/prior-last.pt", "models/run/best.pt")[1]["model"]["tail"].any()
+    assert contents["epoch"] == 2 and contents["test"]["nats_per_code"] == 2.4
+    assert contents["validation"] == {"nats_per_code": 2.0} and contents["model"]["tail"].any()
     assert contents["config"]["drop_label"] == 0.3 and contents["config"]["dropout"] == 0.2
     assert track(tmp_path)["epoch"].tolist() == [1, 2, 3, 4, 5]
     assert "has not fallen for 3 epochs" in capsys.readouterr().out

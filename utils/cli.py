@@ -211,6 +211,13 @@ def add_num_workers(group):
                             "none for data held in memory)")
 
 
+def add_validation_images(group):
+    """The flag of both training scripts for what a model is chosen on."""
+    group.add_argument("--validation-images", type=arguments.integer(0), metavar="N",
+                       help="training images that are not trained on, on which the best epoch is chosen; 0 means that "
+                            "all are trained on, and the last epoch is the best (default: a twelfth, at most 5,000)")
+
+
 # ---------------------------------------------------------------- a trained model and its test set
 
 def add_model_arguments(parser):

@@ -23,7 +23,8 @@ BY_STEP = "loss/train/", "lr"
 # Tags that are logged once: at the end of a run, or when its file is opened.
 LOGGED_ONCE = "at_end/", "best/", "final/", "_hparams_/", CONFIG_SUMMARY_TAG         # final/: of earlier versions
 # All tags but "lr" begin with one of these. They tell a training's files from those of other programs.
-OWN_TAGS = (*LOGGED_ONCE, "loss/train/", "loss/test/", "images/", "codebook/", "prior/", "classifier/")
+OWN_TAGS = (*LOGGED_ONCE, "loss/train/", "loss/validation/", "loss/test/", "images/", "codebook/", "prior/",
+            "classifier/")
 EMBEDDING_TAG = "codebook"      # of the projector, and the name of its folders
 EVENT_FILES = "events.out.tfevents.*"
 FRAME = 16                      # bytes around each record of an event file: its length, and two checksums

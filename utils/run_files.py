@@ -14,7 +14,7 @@ class RunFiles(NamedTuple):
     """Where a training writes, and the command that resumes it."""
 
     last: Path                  # the latest state of the training, to resume from
-    best: Path                  # the model with the lowest test loss
+    best: Path                  # the model with the lowest validation loss
     track: Path                 # a text file of one line an epoch
     logs: Path                  # TensorBoard's folder
     log_suffix: str             # of its event files

@@ -23,21 +23,26 @@ from utils.files import write_atomically
 from utils.memory import images_that_fit
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
-TRACK_COLUMNS = ("epoch", "step", "train_recon", "train_codebook", "train_commit",
-                 "test_recon", "test_codebook", "test_commit", "perplexity", "used", "restarts", "seconds")
-NOT_PRINTED = "train_codebook", "train_commit", "test_codebook", "test_commit"       # the rest fits into 80 characters
+# Columns of the tracks, those of the validation set only where there is one, each with its format.
+TRACK_COLUMNS = {"epoch": "d", "step": "d", **{f"{split}_{loss}": ".5f" for split in ("train", "val", "test")
+                                               for loss in ("recon", "codebook", "commit")},
+                 "perplexity": ".1f", "used": "d", "restarts": "d", "seconds": ".1f"}
+PRIOR_COLUMNS = {"epoch": "d", "train_nats": ".4f", "val_nats": ".4f", "test_nats": ".4f", "bits_per_pixel": ".4f",
+                 "seconds": ".1f"}
+# The rest fits into 80 characters.
+NOT_PRINTED = "step", *(f"{split}_{loss}" for split in ("train", "val", "test") for loss in ("codebook", "commit"))
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
 GRID_PIXELS = 2**20             # of the images in a grid, together
 GRAPH_SIDE = 32                 # pixels: the largest side of the image that the graph is traced with
 PROJECTOR_CODES = 4096          # the most codes in the projector
+SPLITS = "train", "validation", "test"
 # Charts of several curves each, of a VQ-VAE and, by the suffix of its event files, of a prior.
 CHARTS = {
     "": {"losses": {
         **{f"the three losses, {title}": ["Multiline", [f"loss/{split}/{name}" for name in Losses._fields[:3]]]
            for split, title in (("train", "training"), ("test", "test"))},
-        "reconstruction loss, training and test": ["Multiline", ["loss/train/reconstruction",
-                                                                 "loss/test/reconstruction"]]}},
-    PRIOR_SUFFIX: {"prior": {"nats per code, training and test": ["Multiline", ["prior/train", "prior/test"]]}},
+        "reconstruction loss by set": ["Multiline", [f"loss/{split}/reconstruction" for split in SPLITS]]}},
+    PRIOR_SUFFIX: {"prior": {"nats per code by set": ["Multiline", [f"prior/{split}" for split in SPLITS]]}},
 }
 
 
@@ -83,10 +88,19 @@ def check_folder_exists(folder):
 
 # ---------------------------------------------------------------- the text track
 
-def track_line(*values):
-    """One value for each of TRACK_COLUMNS, under its name."""
-    formats = ("d", "d", *6 * (".5f",), ".1f", "d", "d", ".1f")
-    return "  ".join(f"{value:{form}}".rjust(len(name)) for name, form, value in zip(TRACK_COLUMNS, formats, values))
+def track_header(columns, validation):
+    """The first line of a track, with or without the columns of a validation set."""
+    return "  ".join(name for name in columns if validation or not name.startswith("val_"))
+
+
+def track_line(header, formats, values):
+    """The line under a track's header: of values {name: number} those that it names, each in its format."""
+    return "  ".join(f"{values[name]:{formats[name]}}".rjust(len(name)) for name in header.split())
+
+
+def track_row(track, epoch):
+    """{name: number} of an epoch's line in a track."""
+    return {name: float(value) for name, value in zip(track[0].split(), track[epoch].split())}
 
 
 def is_track(path):
@@ -111,12 +125,14 @@ def log_steps(writer, position, tag, losses, lr):
     writer.add_scalar("lr", lr, position)
 
 
-def log_epoch(writer, epoch, position, test_losses, test_counts, train_counts, restarts):
-    """The test losses, at a position on the x axis of the training losses; how often each of K codes was used on both
-    sets, and how many codes were restarted, by epoch.
+def log_epoch(writer, epoch, position, losses, test_counts, train_counts, restarts):
+    """The losses on the validation and the test set, {name: Losses}, at a position on the x axis of the training
+    losses; how often each of K codes was used on the test and the training set, and how many codes were restarted, by
+    epoch.
     """
-    for name, value in test_losses._asdict().items():
-        writer.add_scalar(f"loss/test/{name}", value, position)
+    for split, split_losses in losses.items():
+        for name, value in split_losses._asdict().items():
+            writer.add_scalar(f"loss/{split}/{name}", value, position)
     for family, counts in (("codebook", test_counts), ("codebook/train", train_counts)):
         writer.add_scalar(f"{family}/perplexity", perplexity(counts), epoch)
         writer.add_scalar(f"{family}/used", (counts > 0).sum(), epoch)
@@ -186,10 +202,10 @@ def log_hparams(writer, settings, figures):
         writer.add_scalar(tag, value)
 
 
-def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):
-    """Nats per code on both sets, and the test set's in bits per pixel."""
-    writer.add_scalar("prior/train", train_nats, epoch)
-    writer.add_scalar("prior/test", test_nats, epoch)
+def log_prior(writer, epoch, nats, bits_per_pixel):
+    """Nats per code on each set, {name: number}, and the test set's in bits per pixel."""
+    for split, value in nats.items():
+        writer.add_scalar(f"prior/{split}", value, epoch)
     writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
 
 

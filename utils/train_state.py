@@ -26,7 +26,7 @@ class TrainState:
     batches: int = 0                # steps done in it
     images: int = 0                 # images seen in it
     step: int = 0                   # steps since the training began
-    best: float = math.inf          # the lowest test loss
+    best: float = math.inf          # the lowest validation loss
     best_epoch: int = 0
     seconds: float = 0.0            # spent in the epoch
     track: list = field(default_factory=list)           # lines of the text track

@@ -37,8 +37,8 @@ class Trainer:
     args: the script's arguments; metadata: what its checkpoints hold beside the weights; generator: draws the data's
     order; num_images: the size of the training set; loss_names: of the losses given to after_step(); size_flags: the
     arguments on which the memory of an item depends; step_tag: what the losses' TensorBoard tags begin with, or None if
-    they are logged by epoch alone; patience: after how many epochs without a lower test loss it stops; totals: tensors
-    of TrainState that are summed over an epoch.
+    they are logged by epoch alone; patience: after how many epochs without a lower validation loss it stops; totals:
+    tensors of TrainState that are summed over an epoch.
     """
 
     def __init__(self, args, files, metadata, model, optimizer, schedule, generator, num_images, loss_names,
@@ -50,7 +50,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(num_images / args.batch_size)
         self.bfloat16 = args.amp                                      # until choose_precision()
         self.x_axis = "images"                                        # of the curves; "step" of older runs
-        self.in_step = True                                           # else an epoch is tested
+        self.in_step = True                                           # else an epoch is evaluated
         self.environments = [environment(args.device)]                # at the start, and after each change
         speed.keep_freed_memory()
         L = len(loss_names)
@@ -119,7 +119,7 @@ class Trainer:
                     self.lr = self.schedule.get_last_lr()[0]
                     yield batch
         self.in_step = False
-        self.save_checkpoint()          # before the epoch is tested and logged, which may fail
+        self.save_checkpoint()          # before the epoch is evaluated and logged, which may fail
 
     def after_step(self, losses, code_counts=None):
         """Count a step, with its losses and (K,) how often it chose each code. Logs every LOG_EVERY steps, saves every
@@ -145,21 +145,22 @@ class Trainer:
             self.save_checkpoint()
         self.stop_if_asked()
 
-    def save_epoch(self, test_loss, test):
-        """Write the model of the epoch: as `best` if its test loss is the lowest so far, and into `every_epoch` if set,
-        after every --keep-every epochs.
+    def save_epoch(self, validation_loss, figures):
+        """Write the model of the epoch: as `best` if its validation loss is the lowest so far, or if there is none; and
+        into `every_epoch` if set, after every --keep-every epochs.
 
-        test: the test figures for the checkpoint, as plain values.
+        figures: {name: value} for the checkpoint, plain values. Nothing is chosen by them.
         """
         state = self.state
-        if test_loss < state.best:
-            state.best, state.best_epoch = test_loss, state.epoch
-            self.save_model(self.files.best, test)
+        if validation_loss is None or validation_loss < state.best:
+            state.best = math.inf if validation_loss is None else validation_loss
+            state.best_epoch = state.epoch
+            self.save_model(self.files.best, figures)
         if self.files.every_epoch and self.args.keep_every and state.epoch % self.args.keep_every == 0:
-            self.save_model(Path(self.files.every_epoch.format(state.epoch)), test)
+            self.save_model(Path(self.files.every_epoch.format(state.epoch)), figures)
 
-    def save_model(self, path, test):
-        """Write the model as it is now, with its test figures.
+    def save_model(self, path, figures):
+        """Write the model as it is now, with these figures.
 
         Raises ValueError if another program has written a file there since the training began.
         """
@@ -170,14 +171,15 @@ class Trainer:
                                  f"{self.files.resume_command}")
             self.saved_models.add(path)
             checkpoint.save(path, {**self.metadata, "model": self.model.state_dict(), "epoch": self.state.epoch,
-                                   "step": self.state.step, "test": test})
+                                   "step": self.state.step, **figures})
 
     def epoch_seconds(self):
         """Spent in the epoch so far."""
         return time.perf_counter() - self.epoch_start
 
-    def add_track_line(self, line):
-        """Add a line to the text track, and print it."""
+    def add_track_line(self, formats, values):
+        """Add a line to the text track, of the values {name: number} that its header names, and print it."""
+        line = tensorboard_logs.track_line(self.state.track[0], formats, values)
         self.state.track.append(line)
         tensorboard_logs.write_track(self.files.track, self.state.track)
         self.print_track(line)
@@ -201,7 +203,7 @@ class Trainer:
         """The message for lack of memory: what has asked for it, and what would need less."""
         flag, smaller = f"--batch-size {self.args.batch_size}", f"choose a smaller {self.size_flags}"
         if not self.in_step:
-            return f"memory has run out in the test after epoch {self.state.epoch}: {smaller}"
+            return f"memory has run out in the evaluation after epoch {self.state.epoch}: {smaller}"
         if self.args.batch_size == distributed.world_size():
             return f"memory has run out in a training step of {flag}: {smaller}"
         return f"{flag}: memory has run out in a training step, choose a smaller one"
@@ -210,7 +212,7 @@ class Trainer:
         return self.state.epoch > self.args.num_epochs or self.should_stop_early()
 
     def should_stop_early(self):
-        """Whether the test loss has not fallen for `patience` epochs."""
+        """Whether the validation loss has not fallen for `patience` epochs."""
         return self.state.epoch - 1 - self.state.best_epoch >= self.patience
 
     # ---------------------------------------------------------------- faster steps
@@ -306,7 +308,7 @@ class Trainer:
             raise ValueError(f"--num-epochs {self.args.num_epochs}: the run ended after epoch {self.state.epoch - 1}, "
                              "ask for more")
         if self.should_stop_early():
-            raise ValueError(f"the training has ended, its test loss had not fallen for {self.patience} epochs")
+            raise ValueError(f"the training has ended, its validation loss had not fallen for {self.patience} epochs")
         self._restore_schedule(training.get("schedule") if same_length else None)
 
     def _restore_schedule(self, saved):
