@@ -45,8 +45,9 @@ def get_parser():
                         help=f"where the complete MNIST is, or is downloaded to once {shown}")
     parser.add_argument("--folder", type=Path, default=Path("quantizers"), metavar="PATH",
                         help=f"where the runs and results.json are kept {shown}")
-    parser.add_argument("--rates", nargs="+", type=arguments.number(above=0), default=[2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
-                        metavar="RATE", help="learning rates to choose from (default: 2e-3 4e-3 8e-3 1.6e-2 3.2e-2)")
+    parser.add_argument("--rates", nargs="+", type=arguments.number(above=0),
+                        default=[2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], metavar="RATE",
+                        help="learning rates to choose from (default: 2e-3 4e-3 8e-3 1.6e-2 3.2e-2)")
     parser.add_argument("--rate-epochs", type=arguments.integer(1), default=2, metavar="N",
                         help=f"epochs of a training that only compares rates {shown}")
     parser.add_argument("--num-epochs", type=arguments.integer(1), default=10, metavar="N",
