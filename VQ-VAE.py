@@ -114,7 +114,7 @@ from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
-from utils.training_data import describe_split, load_batches
+from utils.training_data import describe_best, describe_split, load_batches
 from vector_quantizer import QUANTIZERS
 
 PROJECTOR_IMAGES = 1000     # those in which the codes' surroundings are looked at
@@ -289,16 +289,6 @@ def begin_run(trainer, models, logs, last):
     files.write_atomically(models / "args.json", json.dumps(settings, indent=2).encode())
 
 
-def describe_best(state, validation_images):
-    """What best.pt is, in a sentence. validation_images: None of runs that began before any were held out."""
-    row = tensorboard_logs.track_row(state.track, state.best_epoch)
-    if not validation_images:
-        which = "Lowest test" if validation_images is None else "Test"
-        return f"{which} reconstruction loss: {row['test_recon']:.4f}, in epoch {state.best_epoch}"
-    return (f"Lowest validation reconstruction loss: {row['val_recon']:.4f}, in epoch {state.best_epoch}; test loss: "
-            f"{row['test_recon']:.4f}")
-
-
 def next_command(parser, args, model):
     """The command that shows what has been trained."""
     words = ["--model", model, "--input", "test"]
@@ -352,7 +342,7 @@ def run(args, parser, argv):
                 with trainer.optional("the graph"):
                     tensorboard_logs.log_graph(trainer.writer, trainer.model, batches.shown)
             train(trainer, batches)
-    print(f"Done in {time.perf_counter() - start:.0f} s. {describe_best(trainer.state, args.validation_images)}.\n"
+    print(f"Done in {time.perf_counter() - start:.0f} s. {describe_best(trainer, 'recon', 'reconstruction loss')}.\n"
           f"  checkpoint  {run_files.best}\n  track       {run_files.track}\n  logs        {logs}\n"
           f"Next: {next_command(parser, args, run_files.best)}\n"
           f"      tensorboard --logdir logs")

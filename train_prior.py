@@ -73,7 +73,7 @@ from utils.memory import maps_that_fit
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
 from utils.trainer import Trainer
-from utils.training_data import describe_split, hold_out
+from utils.training_data import describe_best, describe_split, hold_out
 
 WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
@@ -282,16 +282,6 @@ def logs_of(path):
     return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
 
 
-def describe_best(state, validation_images):
-    """What prior.pt is, in a sentence. validation_images: None of runs that began before any were held out."""
-    row = tensorboard_logs.track_row(state.track, state.best_epoch)
-    if not validation_images:
-        which = "Lowest test" if validation_images is None else "Test"
-        return f"{which} loss: {row['test_nats']:.4f} nats per code, in epoch {state.best_epoch}"
-    return (f"Lowest validation loss: {row['val_nats']:.4f} nats per code, in epoch {state.best_epoch}; test loss: "
-            f"{row['test_nats']:.4f}")
-
-
 def run(args, parser, argv):
     """Train from the start, or with --resume from the state in prior-last.pt."""
     args.device = inputs.find_device(args.device)
@@ -341,7 +331,7 @@ def run(args, parser, argv):
             train(trainer, maps, source.vqvae, bits_per_nat=h * w / (math.prod(source.shape) * math.log(2)))
     if trainer.should_stop_early():
         print(f"Stopped: the validation loss has not fallen for {PATIENCE} epochs.")
-    print(f"{describe_best(trainer.state, args.validation_images)}.\n"
+    print(f"{describe_best(trainer, 'nats', 'nats per code')}.\n"
           f"  prior  {run_files.best}\n  logs   {logs}\n"
           "Next: " + files.command("generate.py", "--model", path, "--input", "prior"))
 

@@ -56,8 +56,8 @@ def test_run_writes_its_files_and_prints_their_paths(trained):
     assert max(map(len, stdout.splitlines()[1:4])) < 80
     best = int(np.argmin(columns["val_recon"]))
     assert stdout.startswith("Training on MNIST-10k: 8,250 images, 750 to validate, 1,000 to test, on cpu.\n")
-    assert (f"Lowest validation reconstruction loss: {columns['val_recon'][best]:.4f}, in epoch {best + 1}; test loss: "
-            f"{columns['test_recon'][best]:.4f}.\n") in stdout
+    assert (f"Lowest validation reconstruction loss: {columns['val_recon'][best]:.4f}, in epoch {best + 1}; "
+            f"on the test set: {columns['test_recon'][best]:.4f}.\n") in stdout
     arguments = json.loads((trained / "models" / "run" / "args.json").read_text())
     assert arguments["validation_images"] == 750
     assert arguments["batch_size"] == 256 and arguments["seed"] == 0 and arguments["lr"] == 4e-3

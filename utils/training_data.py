@@ -14,7 +14,7 @@ from data import image_folder
 from utils import distributed, inputs
 from utils.cli import errors_name_flag
 from utils.memory import images_that_fit
-from utils.tensorboard_logs import images_in_grid
+from utils.tensorboard_logs import images_in_grid, track_row
 
 SHOWN_IMAGES = 64           # test images in TensorBoard, of large ones fewer
 
@@ -37,6 +37,17 @@ def describe_split(args, train_set, test_set):
     """How many images a training trains on, chooses its best epoch on, if on any, and is tested on."""
     validated = f"{args.validation_images:,} to validate, " if args.validation_images else ""
     return f"{len(train_set):,} images, {validated}{len(test_set):,} to test"
+
+
+def describe_best(trainer, column, what):
+    """What the best model of a finished training is, in a sentence. column: that of `what` in the track, by set."""
+    state, validation_images = trainer.state, trainer.args.validation_images
+    row = track_row(state.track, state.best_epoch)
+    if not validation_images:       # None of runs that began before any were held out
+        which = "Lowest test" if validation_images is None else "Test"
+        return f"{which} {what}: {row[f'test_{column}']:.4f}, in epoch {state.best_epoch}"
+    return (f"Lowest validation {what}: {row[f'val_{column}']:.4f}, in epoch {state.best_epoch}; on the test set: "
+            f"{row[f'test_{column}']:.4f}")
 
 
 class Batches(NamedTuple):
