@@ -53,7 +53,7 @@ def test_out_of_memory_error_names_what_asked_for_memory(tmp_path):
         torch.zeros(2) + torch.zeros(3)         # a bug is not hidden
     for batch_size, in_step, parts in ((8, True, ("--batch-size 8", "a training step", "choose a smaller one")),
                                        (1, True, ("--batch-size 1", "a training step", "smaller --hidden-size or --k")),
-                                       (8, False, ("the test after epoch 1", "smaller --hidden-size or --k"))):
+                                       (8, False, ("the evaluation after epoch 1", "smaller --hidden-size or --k"))):
         trainer = build_trainer(tmp_path, "--dataset", "MNIST-10k", "--batch-size", batch_size)[1]
         trainer.in_step = in_step
         assert all(part in trainer.out_of_memory() for part in parts), trainer.out_of_memory()
@@ -137,7 +137,7 @@ def test_failing_evaluation_loses_no_step_of_its_epoch(mnist_folder, tmp_path):
     result = run_script(*run, cwd=folder, prepare=break_evaluation)
     assert_one_line_error(result, "memory has run out in the evaluation after epoch 1: choose a smaller "
                           "--hidden-size or --k", f"{LAST} is intact, with more memory resume")
-    assert torch.load(folder / LAST, weights_only=True)["step"] == 30       # all of the first epoch
+    assert torch.load(folder / LAST, weights_only=True)["step"] == 28       # all of the first epoch
     assert run_script(*RESUME, cwd=folder).returncode == 0
     assert_same_run(tmp_path / "uninterrupted", folder)
 

@@ -256,7 +256,7 @@ def test_resume_reports_changed_threads_and_torch_version(make_folder, mnist_fol
         assert not reported or f"threads {current} (before: {before})" in result.stdout
     environments = torch.load(last, weights_only=True)["training"]["environments"]
     assert [(environment["from_step"], environment["threads"]) for environment in environments] == [
-        ("0", str(threads)), ("30", str(threads + 1)), ("90", str(threads))]
+        ("0", str(threads)), ("28", str(threads + 1)), ("84", str(threads))]
     assert read_args()["environments"] == environments
 
     contents = torch.load(last, weights_only=True)

@@ -41,6 +41,8 @@ def describe_split(args, train_set, test_set):
 
 def describe_best(trainer, column, what):
     """What the best model of a finished training is, in a sentence. column: that of `what` in the track, by set."""
+    if not distributed.is_main_process():       # which alone prints, and has the track
+        return ""
     state, validation_images = trainer.state, trainer.args.validation_images
     row = track_row(state.track, state.best_epoch)
     if not validation_images:       # None of runs that began before any were held out
