@@ -17,7 +17,7 @@ from metrics import evaluate
 from utils import trainer
 
 VQVAE = ("VQ-VAE.py", "--output-folder", "run", "--hidden-size", "8", "--k", "32", "--lr", "4e-3", "--batch-size", "60",
-         "--restart-after", "3", "--num-epochs", "1")
+         "--restart-after", "3", "--num-epochs", "1", "--validation-images", "0")         # as many images in each process
 PRIOR = ("train_prior.py", "--model", "models/run/best.pt", "--batch-size", "60", "--num-epochs", "2", "--layers", "2",
          "--width", "16", "--heads", "2")
 RESUME = ("VQ-VAE.py", "--resume", "--output-folder", "run")
@@ -135,8 +135,14 @@ def train_processes(world_size, folder, *arguments, status=0, **options):
     return first
 
 
-def assert_test_loss_is_exact(folder, data_folder):
-    """The test loss in best.pt must count each test image once."""
+def assert_losses_are_exact(folder, data_folder, validation_images=0):
+    """The validation and the test loss in best.pt must count each image once."""
     model, contents = checkpoint.load_model(folder / "models" / "run" / "best.pt")
-    losses, _ = evaluate(model, data.batches(data.load("MNIST", data_folder)[1], 50), "cpu")
-    assert contents["test"]["reconstruction"] == pytest.approx(losses.reconstruction, rel=1e-5)
+    train_set, test_set = data.load("MNIST", data_folder)
+    sets = {"validation": data.hold_out(train_set, validation_images)[1], "test": test_set}
+    for name, part in sets.items():
+        if part is None:
+            assert name not in contents
+            continue
+        losses, _ = evaluate(model, data.batches(part, 50), "cpu")
+        assert contents[name]["reconstruction"] == pytest.approx(losses.reconstruction, rel=1e-5)

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from distributed_helpers import PRIOR, RESUME, VQVAE, assert_test_loss_is_exact, run_processes, train_processes
+from distributed_helpers import PRIOR, RESUME, VQVAE, assert_losses_are_exact, run_processes, train_processes
 from helpers import import_script
 from test_resume import differences
 
@@ -149,10 +149,10 @@ def test_two_gpus_match_one_gpu(mnist_folder, tmp_path):
 # ---------------------------------------------------------------- uneven data, random state, other launchers
 
 def test_uneven_data_completes_and_counts_each_test_image_once(uneven_folder, tmp_path):
-    record = train_processes(3, tmp_path, *VQVAE, "--data-folder", uneven_folder)
+    record = train_processes(3, tmp_path, *VQVAE, "--validation-images", 40, "--data-folder", uneven_folder)
     assert record["progress"]["step"] == len(record["steps"]) == 10
-    assert [step["totals"]["images"].item() for step in record["steps"]] == [*range(60, 600, 60), 599]
-    assert_test_loss_is_exact(tmp_path, uneven_folder)
+    assert [step["totals"]["images"].item() for step in record["steps"]] == [*range(60, 559, 60), 559]
+    assert_losses_are_exact(tmp_path, uneven_folder, 40)
 
 
 def save_draws(folder):
