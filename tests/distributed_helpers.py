@@ -17,7 +17,7 @@ from metrics import evaluate
 from utils import trainer
 
 VQVAE = ("VQ-VAE.py", "--output-folder", "run", "--hidden-size", "8", "--k", "32", "--lr", "4e-3", "--batch-size", "60",
-         "--restart-after", "3", "--num-epochs", "1", "--validation-images", "0")         # as many images in each process
+         "--restart-after", "3", "--num-epochs", "1", "--validation-images", "0")     # as many in each process
 PRIOR = ("train_prior.py", "--model", "models/run/best.pt", "--batch-size", "60", "--num-epochs", "2", "--layers", "2",
          "--width", "16", "--heads", "2")
 RESUME = ("VQ-VAE.py", "--resume", "--output-folder", "run")

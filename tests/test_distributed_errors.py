@@ -13,7 +13,7 @@ from distributed_helpers import (
     RESUME,
     TIMEOUT,
     VQVAE,
-    assert_test_loss_is_exact,
+    assert_losses_are_exact,
     run_processes,
     train,
     train_processes,
@@ -29,7 +29,7 @@ def test_run_resumes_bit_for_bit_after_a_process_dies(uneven_folder, tmp_path):
     """Either process is killed at step 16. The last run is then stopped by a signal at step 19, and resumed again."""
     flags = (*VQVAE, "--num-epochs", 3, "--save-every", 7, "--codebook-update", "ema", "--data-folder", uneven_folder)
     train_processes(2, tmp_path / "uninterrupted", *flags)
-    assert_test_loss_is_exact(tmp_path / "uninterrupted", uneven_folder)
+    assert_losses_are_exact(tmp_path / "uninterrupted", uneven_folder)
     start, end = "torchrun --nproc-per-node 2 ", " ".join(RESUME)           # the script's path is between them
     for killed_rank in (1, 0):
         folder = tmp_path / str(killed_rank)
