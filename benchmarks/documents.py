@@ -40,7 +40,7 @@ class Figures:
         if figure is None:
             return row.command
         if figure not in (figures := self.of_row(row)):
-            raise ValueError(f"{self.folder / row.slug}.json has no figure {figure!r}, which the documents show")
+            raise ValueError(f"{FOLDER}/{row.slug}.json has no figure {figure!r}, which the documents show")
         return shown(figures[figure], form)
 
 

@@ -89,8 +89,8 @@ TABLES = [
         for flag, values in SETTINGS.items() for value in sorted((*values, THREE_EPOCHS[flag]))]),
     Table("docs/results.md", "Effect of each setting",
           "| epoch | training MSE | test MSE | perplexity | codes used |", [
-              f"| {epoch} | {{thirty epochs:training {epoch}:.4f}} | {{thirty epochs:mse {epoch}:.4f}} | "
-              f"{{thirty epochs:perplexity {epoch}:.0f}} | {{thirty epochs:used {epoch}:.0f}} |"
+              f"| {epoch} | {{thirty epochs:training epoch {epoch}:.4f}} | {{thirty epochs:mse epoch {epoch}:.4f}} | "
+              f"{{thirty epochs:perplexity epoch {epoch}:.0f}} | {{thirty epochs:used epoch {epoch}:.0f}} |"
               for epoch in (10, 20, 30)]),
 
     Table("docs/sampling.md", "How good the digits are", "| 10,000 images each | recognised | Fréchet distance |", [
@@ -102,7 +102,8 @@ TABLES = [
         sampled("shipped", "none: temperature 1, guidance 1", "memorised:.2%"),
         *(sampled(row, f"`--{row}`", "memorised:.2%") for row in SAMPLED)]),
     Table("docs/sampling.md", "Complete an image", "| rows kept | read as the true digit |", [
-        f"| {kept} of 7 | {{completions:read {kept}:.1%}} ± {{completions:error {kept}:.1%}} |" for kept in range(8)]),
+        f"| {kept} of 7 | {{completions:read {kept} rows:.1%}} ± {{completions:error {kept} rows:.1%}} |"
+        for kept in range(8)]),
 
     Table("docs/own-images.md", "Photographs: CIFAR-10", "| on the 10,000 test images | |", [
         "| MSE, reconstruction | {CIFAR-10 pipeline:mse:.4f} on the [−1, 1] scale, PSNR "
@@ -119,7 +120,7 @@ SENTENCES = [
     Sentence("README.md", "A classifier with a test accuracy of {shipped:recognised test set:.2%} recognises "
                           "{shipped:recognised:.2%} of the digits sampled"),
     Sentence("README.md", "This reaches a test MSE of {recommended:mse:.4f} with {recommended:used:.0f} codes in use"),
-    Sentence("docs/training.md", "The test loss is {recommended:mse first:.3f} after the first epoch and "
+    Sentence("docs/training.md", "The test loss is {recommended:mse epoch 1:.3f} after the first epoch and "
                                  "{recommended:mse:.4f} after the tenth."),
     Sentence("docs/results.md", "With its settings and its codebook the run here ends at {published:mse:.4f} "
                                 "(first row)."),

@@ -87,7 +87,9 @@ class Run:
     def command(self):
         """The words of the command that begins the run, or goes on with it; None if it is finished."""
         if not self.is_training:
-            flags = [] if self.script == "benchmarks/quantizers.py" else ["--json", str(self.json), "--overwrite"]
+            flags = ["--json", str(self.json.resolve()), "--overwrite"]
+            if self.script == "benchmarks/quantizers.py":       # which goes on by itself, and has a file of its own
+                flags = []
         elif not (self.models / TRAININGS[self.script][0]).exists():
             flags = ["--save-every", str(SAVE_EVERY), "--overwrite"]
         elif not self.is_finished():

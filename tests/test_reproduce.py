@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 from helpers import ROOT, expect_usage_error, import_script, start_script, wait_for
@@ -173,6 +174,11 @@ def test_interrupted_rows_go_on_and_give_the_same_results(repository, mnist_fold
     reproduce.main(["small", *flags])
     assert len(commands) == 3                               # nothing is left to do
     interrupted = json.loads((tmp_path / "reproduced" / "results" / "small.json").read_text())
+    # Killed after a training's end, before its results were written.
+    (tmp_path / "reproduced" / "results" / "small.json").unlink()
+    reproduce.main(["small", *flags])
+    assert len(commands) == 3
+    assert interrupted == json.loads((tmp_path / "reproduced" / "results" / "small.json").read_text())
     # Without an interruption, by the name of the table.
     monkeypatch.setattr(reproduce, "ROWS", [rows[0]._replace(seeds=(0,))])
     reproduce.main(["small ones", *flags, "--folder", "whole"])
@@ -202,21 +208,49 @@ def test_failed_row_is_reported_and_the_others_go_on(repository, mnist_folder, t
     rows = [result_rows.Row("first", "rows", f"{SMALL} --lr 1e30", result_rows.TRAINED, 3),
             result_rows.Row("needs it", "rows", "python3 evaluate.py --model models/first/best.pt", {}, 2,
                             after=("first",)),
-            result_rows.Row("last", "rows", f"{SMALL} --num-epochs 1", result_rows.TRAINED, 1)]
+            result_rows.Row("last", "rows", f"{SMALL} --num-epochs 1", result_rows.TRAINED, 1),
+            result_rows.Row("measured", "rows", "python3 evaluate.py --model models/last/best.pt", result_rows.MODEL, 1,
+                            after=("last",))]
     monkeypatch.setattr(reproduce, "ROWS", rows)
     monkeypatch.setattr(run_rows, "start", lambda words, folder, log: start_script(*words, cwd=folder))
     assert exit_status(["--data-folder", str(mnist_folder)]) == 2
     captured = capsys.readouterr()
     assert "2 of the rows failed; 'first': it ended with status 2" in captured.err and captured.err.count("\n") == 1
     assert "first: failed: it ended with status 2" in captured.out
-    assert (tmp_path / "reproduced" / "results" / "last.json").exists()
+    trained, measured = (json.loads((tmp_path / "reproduced" / "results" / f"{name}.json").read_text())["figures"]
+                         for name in ("last", "measured"))
+    assert trained["mse"]["mean"] == pytest.approx(measured["mse"]["mean"], abs=1e-5)
+
+
+def test_stopping_a_script_stops_what_it_has_started(tmp_path):
+    (tmp_path / "child.py").write_text("""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("stopped").touch()))
+pathlib.Path("started").touch()
+time.sleep(60)
+""")
+    (tmp_path / "parent.py").write_text("""
+import os, subprocess, sys
+print(os.environ["OMP_NUM_THREADS"], flush=True)
+subprocess.run([sys.executable, "child.py"])
+""")
+    process = run_rows.start([tmp_path / "parent.py"], tmp_path, tmp_path / "log.txt")
+    wait_for((tmp_path / "started").exists, process)
+    run_rows.stop([process])
+    assert process.returncode == -signal.SIGTERM and (tmp_path / "log.txt").read_text() == "1\n"
+    for _ in range(500):
+        if (tmp_path / "stopped").exists():
+            return
+        time.sleep(0.01)
+    pytest.fail("the process that the script had started goes on")
 
 
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["lowest los"], "'lowest los' is unknown: did you mean lowest loss?"), (["--adopt"], "--adopt: is used only with"),
-    (["--list", "--check"], "give one of them"), (["--processes", "0"], "--processes"),
+    (["--list", "--check"], "give one of them"), (["--folder", __file__], f"--folder {__file__}: is not a folder"),
+    (["--processes", "0"], "--processes"),
     (["photographs", "--cifar10-folder", "nowhere"], "--cifar10-folder nowhere: is not a folder"),
     (["published", "--data-folder", __file__], "--data-folder")])
 def test_bad_input_gets_a_one_line_error(arguments, words, tmp_path, monkeypatch, capsys):
