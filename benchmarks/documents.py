@@ -23,10 +23,16 @@ class Figures:
 
     def of_row(self, row):
         """{figure: value} of a row; empty if it has no file. Raises ValueError if the file is damaged."""
+        return self.read(row)["figures"]
+
+    def read(self, row):
+        """The command and the figures in a row's file."""
         if row.name not in self.contents:
             path = self.folder / f"{row.slug}.json"
+            contents = {"command": row.command, "figures": {}}
             try:
-                self.contents[row.name] = json.loads(path.read_text())["figures"] if path.exists() else {}
+                self.contents[row.name] = contents if not path.exists() else {
+                    name: json.loads(path.read_text())[name] for name in contents}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         return self.contents[row.name]
@@ -136,8 +142,13 @@ def rewrite_sentence(sentence, text, figures):
 # ---------------------------------------------------------------- everything
 
 def check_documents(folder):
-    """Where the documents in a copy of the repository differ from its docs/results/*.json, as sentences."""
-    figures, problems = Figures(Path(folder, FOLDER)), []
+    """Where the documents in a copy of the repository differ from its docs/results/*.json, as sentences.
+
+    And which of these files hold the figures of a command that their row no longer has.
+    """
+    figures = Figures(Path(folder, FOLDER))
+    problems = [f"{FOLDER}/{row.slug}.json has the figures of another command, {command}: measure {row.name!r} anew"
+                for row in ROWS if (command := figures.read(row)["command"]) != row.command]
     for check, parts in ((check_table, TABLES), (check_sentence, SENTENCES)):
         for part in parts:
             try:

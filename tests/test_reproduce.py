@@ -117,6 +117,14 @@ def test_table_that_is_no_longer_there_is_found(repository):
     assert any("there is no table" in problem for problem in documents.check_documents(repository))
 
 
+def test_figures_of_another_command_are_found(repository):
+    path = repository / "docs" / "results" / "defaults.json"
+    replace_in(path, "VQ-VAE.py --output-folder", "VQ-VAE.py --lr 1e-3 --output-folder")
+    assert documents.check_documents(repository) == [
+        "docs/results/defaults.json has the figures of another command, python3 VQ-VAE.py --lr 1e-3 --output-folder "
+        "defaults: measure 'defaults' anew"]
+
+
 def test_figures_are_shown_with_the_digits_and_the_deviation_that_fit():
     for mean, std, form, text in ((0.04271, 0.00068, "±.4f", "0.0427 ± 0.0007"), (511.7, 0.58, "±.0f", "512 ± 1"),
                                   (0.01163, 0.00003, "±.4f", "0.0116 ± < 0.0001"), (512, 0, "±.0f", "512 ± 0"),
