@@ -27,16 +27,23 @@ def get_parser():
                         help="test images, each completed once for every number of rows (default: %(default)s)")
     parser.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                         help="seed of the choice of images and of the samples (default: %(default)s)")
+    parser.add_argument("--json", type=arguments.file_name, metavar="FILE",
+                        help="also write the figures to this file, as JSON; its folders are created (default: none)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace such a file at --json (default: leave it unchanged and stop)")
     return parser
 
 
 def check_arguments(parser, args):
     parser.check_unused(args, ("guidance",), "is towards a class, and none is given here")
+    if not args.json:
+        parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
 
 
 if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
+import json
 import math
 
 import torch
@@ -47,7 +54,7 @@ import checkpoint
 import data
 from data import code_maps
 from metrics import samples
-from utils import inputs
+from utils import files, inputs
 from utils.memory import images_that_fit
 
 
@@ -68,9 +75,22 @@ def measure(model, prior, classifier, test_set, args, bar):
         yield rows, share, math.sqrt(share * (1 - share) / len(digits))
 
 
+def holds_completions(path):
+    """Whether the file at path is one that --json has written."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(contents, dict) and {"images", "rows"} <= contents.keys()
+
+
 def run(args):
     args.device = inputs.find_device(args.device)
-    model, contents, _ = inputs.open_model(args)
+    if args.json:
+        output = files.OutputFile(Path(args.json), args.overwrite, "a file of completions", holds_completions)
+        with cli.errors_name_flag("--json", output.path):
+            output.check()
+    model, contents, model_path = inputs.open_model(args)
     prior, _, path = inputs.open_prior(args, model, contents)
     if not prior.drop_label:
         raise ValueError(f"--prior {path}: it was trained with --drop-label 0 and knows no images without a class")
@@ -83,9 +103,15 @@ def run(args):
     count = min(args.images, len(test_set))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads: {count:,} test images of {name}\n\n"
           "| rows kept | read as the true digit |\n| --- | --- |")
+    measured = []
     with tqdm(total=2 * count * (prior.height + 1), unit="img", leave=False, disable=None) as bar:
         for rows, share, error in measure(model, prior, classifier, test_set, args, bar):
+            measured.append({"kept": rows, "share": share, "error": error})
             tqdm.write(f"| {rows} of {prior.height} | {share:.1%} ± {error:.1%} |".replace("%", " %"))
+    if args.json:
+        figures = {"model": str(model_path), "dataset": name, "images": count, "rows": measured}
+        with cli.errors_name_flag("--json", output.path):
+            output.write((json.dumps(figures, indent=2) + "\n").encode())
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ TRAIN_ARGS = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "25
 LONGEST = ["test_resume.py", "test_distributed.py", "test_distributed_errors.py", "test_train_prior.py",
            "test_damaged_checkpoints.py", "test_quantizers.py", "test_export.py", "test_errors_while_training.py",
            "test_image_folder.py", "test_notebook.py", "test_outputs.py", "test_speed_options.py",
-           "test_odd_pictures.py", "test_demo.py", "test_demo_browser.py"]
+           "test_odd_pictures.py", "test_demo.py", "test_demo_browser.py", "test_reproduce.py"]
 
 
 def pytest_collection_modifyitems(items):

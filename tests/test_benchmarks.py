@@ -151,14 +151,20 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeyp
     assert "--folder quantizers: quantizers/results.json holds results of other settings" in capsys.readouterr().err
 
 
-def test_completions_benchmark_reports_every_number_of_rows(capsys):
-    import_script("benchmarks/completions.py").main(["--dataset", "MNIST-10k", "--images", "30"])
+def test_completions_benchmark_reports_every_number_of_rows(tmp_path, capsys):
+    path = tmp_path / "new" / "completions.json"
+    flags = ["--dataset", "MNIST-10k", "--images", "30", "--json", path]
+    import_script("benchmarks/completions.py").main(list(map(str, flags)))
     lines = re.findall(r"^\| (\d) of 7 \| ([\d.]+) % ± ([\d.]+) % \|$", capsys.readouterr().out, re.MULTILINE)
     shares = [float(share) / 100 for _, share, _ in lines]
     assert [int(rows) for rows, _, _ in lines] == list(range(8))
     assert shares[0] < 0.4 and shares[3] > 0.5 and shares[7] > 0.9
     for share, (_, _, error) in zip(shares, lines):
         assert 100 * math.sqrt(share * (1 - share) / 30) == pytest.approx(float(error), abs=0.06)
+    figures = json.loads(path.read_text())
+    assert figures["images"] == 30 and [row["kept"] for row in figures["rows"]] == list(range(8))
+    assert [row["share"] for row in figures["rows"]] == pytest.approx(shares, abs=0.0006)
+    assert "exists, replace it with --overwrite" in expect_usage_error("benchmarks/completions.py", flags, capsys)
     line = expect_usage_error("benchmarks/completions.py", ["--guidance", "2"], capsys)
     assert "--guidance 2.0: is towards a class, and none is given here" in line
 

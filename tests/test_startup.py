@@ -20,7 +20,7 @@ from utils import arguments
 
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
            "export.py", "demo.py", "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py",
-           "benchmarks/completions.py", "benchmarks/demo.py")
+           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py")
 HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib", "gradio"
 
 

@@ -1,0 +1,157 @@
+"""What reproduce.py runs: for each row of the documents' tables its command, and the figures to take from its output.
+
+A figure's path leads through the output: of a training {"epochs": [a line of its track as {column: number}, …]}, of
+evaluate.py and the other scripts the JSON that they write. The tables themselves are in result_tables.py.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """A kind of figure, and how far a measured one may be from that of the documents.
+
+    deviation is the standard deviation of a single training, over seeds or over processors, which round differently:
+    the means of n and m runs may differ by three standard deviations of their difference, 3·√(1/n + 1/m) times it.
+    rounding is by how much a figure of the shipped weights may differ. Each is (share of the documents' figure,
+    absolute), of which the larger counts.
+    """
+
+    title: str
+    form: str                   # how reproduce.py prints it
+    deviation: tuple
+    rounding: tuple
+
+
+# Over three seeds the standard deviation is 0.4 to 2.7 % of the MSE, 4 to 10 % of the perplexity, and up to 3 of the
+# codes used (docs/results.md); from epoch to epoch at a constant rate, the MSE goes up and down by some 4 %, and the
+# perplexity by more. A share of 10,000 samples has a standard error of 0.05 to 0.17 points, one of 1,000 completions of
+# up to 1.6. The nats of two priors trained alike differ by 0.5 %.
+KINDS = {
+    "mse": Kind("test MSE", ".5f", (0.035, 0), (0.01, 0)),
+    "training": Kind("training MSE", ".5f", (0.035, 0), (0.01, 0)),
+    "codebook": Kind("codebook loss", ".5f", (0.035, 0), (0.01, 0)),
+    "psnr": Kind("PSNR in dB", ".2f", (0, 0.15), (0, 0.05)),            # 3.5 % and 1 % of the MSE
+    "perplexity": Kind("perplexity", ".1f", (0.06, 1), (0.01, 0.5)),
+    "used": Kind("codes used", ".0f", (0.01, 3), (0, 2)),
+    "nats": Kind("nats per code", ".4f", (0.005, 0), (0.002, 0)),
+    "bits": Kind("bits", ".4f", (0.005, 0), (0.002, 0)),
+    "recognised": Kind("recognised", ".2%", (0, 0.003), (0, 0.005)),
+    "frechet": Kind("Fréchet distance", ".2f", (0.05, 0.015), (0.05, 0.02)),
+    "memorised": Kind("memorised", ".2%", (0, 0.0005), (0, 0.001)),
+    "accuracy": Kind("accuracy", ".2%", (0, 0.0005), (0, 0.0005)),
+    "read": Kind("read as the true digit", ".1%", (0, 0.016), (0, 0.03)),
+    "error": Kind("its standard error", ".1%", (0, 0.001), (0, 0.003)),
+}
+
+
+class Row(NamedTuple):
+    """A command of the documents, run once for each seed."""
+
+    name: str
+    group: str                  # under which it is listed and can be asked for
+    command: str                # as the documents show it; reproduce.py adds where the data and the output are
+    figures: dict               # {name: path in the output}; the first word of a name is its kind
+    minutes: float              # of a run, with one thread of an AMD EPYC (AVX2)
+    seeds: tuple = (0,)
+    after: tuple = ()           # names of all rows whose models it needs
+    dataset: str = "MNIST"      # which has to be there, or is downloaded
+    given: bool = False         # whether it measures the shipped weights
+
+    @property
+    def slug(self):
+        """The row's name in names of files."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+
+def kind_of(figure):
+    """The Kind of a figure, by the first word of its name."""
+    return KINDS[figure.split()[0]]
+
+
+# ---------------------------------------------------------------- the figures of an output
+
+TRAINED = {"mse": "epochs.-1.test_recon", "perplexity": "epochs.-1.perplexity", "used": "epochs.-1.used"}
+LONG = {f"{name} epoch {epoch}": f"epochs.{epoch - 1}.{column}" for epoch in (10, 20, 30) for name, column in (
+    ("training", "train_recon"), ("mse", "test_recon"), ("perplexity", "perplexity"), ("used", "used"))}
+MODEL = {"mse": "mse", "psnr": "psnr", "codebook": "codebook_loss", "perplexity": "perplexity", "used": "codes_used",
+         "bits": "bits_per_pixel"}
+PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_pixel"}
+SAMPLES = {"recognised": "prior.samples.recognised", "frechet": "prior.samples.frechet",
+           "memorised": "prior.memorised"}
+OTHERS = {f"{figure} {name}": f"prior.{part}.{figure}" for figure in ("recognised", "frechet") for name, part in (
+    ("reconstructions", "reconstructions"), ("noise", "random"), ("test set", "test_set"))}
+COMPLETED = {f"{figure} {kept} rows": f"rows.{kept}.{key}" for kept in range(8) for figure, key in (
+    ("read", "share"), ("error", "error"))}
+
+# ---------------------------------------------------------------- the rows
+
+TRAIN, LOWEST = "python3 VQ-VAE.py", "--batch-size 64 --lr 4e-3 --lr-schedule onecycle --beta 0.1 --restart-after 100"
+RECOMMENDED = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema --restart-after 100"
+BUNDLED = "--dataset MNIST-10k --batch-size 32 --lr 4e-3 --beta 0.25"
+COLOUR = ("--dataset folder --data-folder cifar10 --image-size 32 --hidden-size 64 --batch-size 64 --lr 2e-3 "
+          "--lr-schedule cosine --beta 0.25 --restart-after 100 --num-epochs 20")
+EVALUATE, COMPLETE = "python3 evaluate.py", "python3 benchmarks/completions.py"
+SAMPLING = [f"temperature {value}" for value in ("0.9", "0.8", "0.7")] + ["guidance 1.5", "guidance 2"]
+SEEDS = 0, 1, 2
+# One flag of the lowest-loss settings, over three epochs; the values that they have are the row "three epochs".
+SETTINGS = {"hidden-size": (8, 16, 24, 32, 48, 64), "beta": (0.25, 0.5, 1, 2), "k": (64, 128, 256, 1024)}
+THREE_EPOCHS = {"hidden-size": 40, "beta": 0.1, "k": 512}
+CODEBOOKS = [(init, restart, update) for restart in (0, 20) for init in ("uniform", "kmeans")
+             for update in ("gradient", "ema")]
+
+ROWS = [
+    Row("published", "results", f"{TRAIN} --codebook-init uniform --restart-after 0 --output-folder published",
+        TRAINED, 11, SEEDS),
+    Row("defaults", "results", f"{TRAIN} --output-folder defaults", TRAINED, 11, SEEDS),
+    Row("EMA", "results", f"{TRAIN} --codebook-update ema --output-folder ema", TRAINED, 11, SEEDS),
+    Row("lowest loss", "results", f"{TRAIN} {LOWEST} --output-folder lowest", TRAINED, 13, SEEDS),
+    Row("recommended", "results", f"{TRAIN} {RECOMMENDED} --output-folder recommended",
+        TRAINED | {"mse epoch 1": "epochs.0.test_recon"}, 13),
+
+    Row("MNIST-10k", "bundled digits", f"{TRAIN} {BUNDLED} --output-folder MNIST-10k", TRAINED, 3,
+        dataset="MNIST-10k"),
+    Row("uniform", "bundled digits",
+        f"{TRAIN} {BUNDLED} --codebook-init uniform --restart-after 0 --output-folder uniform", TRAINED, 3,
+        dataset="MNIST-10k"),
+
+    *(Row(f"codebook {init} {restart} {update}", "codebook",
+          f"{TRAIN} --num-epochs 3 --codebook-init {init} --restart-after {restart} --codebook-update {update}",
+          TRAINED, 4) for init, restart, update in CODEBOOKS),
+
+    Row("three epochs", "settings", f"{TRAIN} {LOWEST} --num-epochs 3", TRAINED, 4),
+    Row("three epochs EMA", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 --codebook-update ema", TRAINED, 4),
+    *(Row(f"{flag} {value}", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 --{flag} {value}", TRAINED, 4)
+      for flag, values in SETTINGS.items() for value in values),
+    Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 --output-folder defaults-30", LONG, 33),
+
+    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | OTHERS, 7,
+        given=True),
+    *(Row(flags, "samples", f"{EVALUATE} --prior pretrained/prior.pt --{flags}", SAMPLES, 7, given=True)
+      for flags in SAMPLING),
+    Row("completions", "samples", COMPLETE, COMPLETED, 2, given=True),
+    Row("classifier", "samples", "python3 train_classifier.py", {"accuracy": "epochs.-1.test_accuracy"}, 20),
+
+    # The shipped files made again, from nothing: the prior of the row "recommended", and its samples.
+    Row("prior", "pipeline", "python3 train_prior.py --model models/recommended/best.pt --amp", {}, 360,
+        after=("recommended",)),
+    Row("pipeline samples", "pipeline",
+        f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt",
+        MODEL | PRIOR | SAMPLES | OTHERS, 7, after=("recommended", "prior")),
+    *(Row(f"pipeline {flags}", "pipeline",
+          f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt --{flags}", SAMPLES, 7,
+          after=("recommended", "prior")) for flags in SAMPLING),
+    Row("pipeline completions", "pipeline", f"{COMPLETE} --model models/recommended/best.pt", COMPLETED, 2,
+        after=("recommended", "prior")),
+
+    Row("CIFAR-10", "photographs", f"{TRAIN} {COLOUR} --output-folder cifar10", {}, 64, dataset="CIFAR-10"),
+    Row("CIFAR-10 prior", "photographs", "python3 train_prior.py --model models/cifar10/best.pt --width 128 --heads 4 "
+        "--batch-size 64 --num-epochs 8 --shift 0", {}, 61, after=("CIFAR-10",), dataset="CIFAR-10"),
+    Row("CIFAR-10 pipeline", "photographs",
+        f"{EVALUATE} --model models/cifar10/best.pt --prior models/cifar10/prior.pt", MODEL | PRIOR, 10,
+        after=("CIFAR-10", "CIFAR-10 prior"), dataset="CIFAR-10"),
+    Row("CIFAR-10 shipped", "photographs", f"{EVALUATE} --model pretrained/vqvae-cifar10.pt", MODEL, 3,
+        dataset="CIFAR-10", given=True),
+
+    Row("quantizers", "quantizers", "python3 benchmarks/quantizers.py", {}, 900),
+]

@@ -1,0 +1,146 @@
+"""The tables and sentences of the documents that show measured figures, as templates.
+
+A field {row:figure:form} is a figure of docs/results/ROW.json. The form is one of Python's for the mean over the seeds;
+±form adds the standard deviation. {row} is the command of a row. How they are filled in is in documents.py.
+"""
+
+from typing import NamedTuple
+
+from result_rows import CODEBOOKS, ROWS, SETTINGS, THREE_EPOCHS
+
+
+class Table(NamedTuple):
+    """A table of a page, found by the heading above it and its header row."""
+
+    page: str
+    heading: str
+    header: str
+    lines: list                 # templates of the rows
+
+
+class Sentence(NamedTuple):
+    """A sentence, or a line of model.txt, with figures; it may be wrapped differently in the page."""
+
+    page: str
+    text: str                   # a template
+
+
+def trained(row, form="", bold=""):
+    """The three figures of a training, as cells. form: "±" for mean and standard deviation."""
+    return (f"{bold}{{{row}:mse:{form}.4f}}{bold} | {{{row}:perplexity:{form}.0f}} | "
+            f"{bold}{{{row}:used:{form}.0f}}{bold} |")
+
+
+def codebook(init, restart, update):
+    row = f"codebook {init} {restart} {update}"
+    return f"{{{row}:mse:.4f}} ({{{row}:perplexity:.0f}}, {{{row}:used:.0f}})"
+
+
+def sampled(row, flags, *more):
+    figures = "recognised:.2%", "frechet:.2f", *more
+    return f"| {flags} | " + " | ".join(f"{{{row}:{figure}}}" for figure in figures) + " |"
+
+
+SETTINGS_HEADER = "| settings | command | test MSE | perplexity | codes used |"
+SAMPLED = [row.name for row in ROWS if row.group == "samples" and row.name.startswith(("temperature", "guidance"))]
+
+TABLES = [
+    Table("README.md", "VQ-VAE on MNIST, in PyTorch",
+          "| full MNIST, ten epochs | test MSE on [−1, 1] | perplexity | codes used, of 512 |", [
+              f"| published settings, published codebook (uniform start, no restarts) | {trained('published')}",
+              f"| published settings, this codebook (K-means start, restarts) | {trained('defaults')}",
+              f"| **recommended settings, this codebook** (one seed) | {trained('recommended', bold='**')}"]),
+    Table("README.md", "Shipped models", "| file | contents | results on MNIST's 10,000 test digits |", [
+        "| `pretrained/vqvae.pt` (0.7 MB) | VQ-VAE with the recommended settings, D 40, K 512 | "
+        "MSE {shipped:mse:.5f}, PSNR {shipped:psnr:.2f} dB, perplexity {shipped:perplexity:.1f}, {shipped:used:.0f} "
+        "codes used, {shipped:bits:.4f} bits per pixel |",
+        "| `pretrained/prior.pt` (8.0 MB) | its prior, a transformer of 4 blocks, width 192, 6 heads | "
+        "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per pixel; {shipped:recognised:.2%} of 10,000 "
+        "samples recognised, Fréchet distance {shipped:frechet:.2f} in the classifier's features |",
+        "| `pretrained/classifier.pt` (0.6 MB) | the classifier used to score samples | "
+        "{shipped:recognised test set:.2%} accuracy |",
+        "| `pretrained/vqvae-cifar10.pt` (1.4 MB) | VQ-VAE for [colour "
+        "photographs](docs/own-images.md#photographs-cifar-10) of 32×32 pixels | CIFAR-10 instead: "
+        "MSE {CIFAR-10 shipped:mse:.4f}, PSNR {CIFAR-10 shipped:psnr:.1f} dB, {CIFAR-10 shipped:used:.0f} codes used "
+        "|"]),
+    Table("README.md", "Results", SETTINGS_HEADER, [
+        f"| published, published codebook | `{{published}}` | {trained('published', '±')}",
+        f"| published, this codebook | `{{defaults}}` | {trained('defaults', '±')}",
+        f"| the same with EMA | `{{EMA}}` | {trained('EMA', '±')}",
+        f"| lowest loss | `{{lowest loss}}` | {trained('lowest loss', '±')}",
+        f"| **recommended** | under [Train](#train-sample-use-your-own-images) | {trained('recommended')}",
+        f"| quick start, on its 1,000 test digits | under [Quick start](#quick-start) | {trained('MNIST-10k')}"]),
+
+    Table("docs/results.md", "Results", SETTINGS_HEADER, [
+        f"| published settings, published codebook | `{{published}}` | {trained('published', '±')}",
+        f"| published settings, this codebook | `{{defaults}}` | {trained('defaults', '±')}",
+        f"| the same with moving averages | `{{EMA}}` | {trained('EMA', '±')}",
+        f"| lowest loss | `{{lowest loss}}` | {trained('lowest loss', '±')}",
+        f"| **recommended**, two threads | `{{recommended}}` | {trained('recommended')}"]),
+    Table("docs/results.md", "The bundled digits", SETTINGS_HEADER, [
+        f"| those of `make` | `{{MNIST-10k}}` | {trained('MNIST-10k')}",
+        f"| the same, published codebook | `{{uniform}}` | {trained('uniform')}"]),
+    Table("docs/results.md", "The codebook: each choice alone and together",
+          "| | `--codebook-update gradient` | `--codebook-update ema` |", [
+              f"| `--codebook-init {init} --restart-after {restart}` | {codebook(init, restart, 'gradient')} | "
+              f"{codebook(init, restart, 'ema')} |" for init, restart, update in CODEBOOKS if update == "ema"]),
+    Table("docs/results.md", "Effect of each setting", "| flag | test MSE | perplexity | codes used |", [
+        f"| `--{flag} {value}` | " + trained("three epochs" if value == THREE_EPOCHS[flag] else f"{flag} {value}")
+        for flag, values in SETTINGS.items() for value in sorted((*values, THREE_EPOCHS[flag]))]),
+    Table("docs/results.md", "Effect of each setting",
+          "| epoch | training MSE | test MSE | perplexity | codes used |", [
+              f"| {epoch} | {{thirty epochs:training epoch {epoch}:.4f}} | {{thirty epochs:mse epoch {epoch}:.4f}} | "
+              f"{{thirty epochs:perplexity epoch {epoch}:.0f}} | {{thirty epochs:used epoch {epoch}:.0f}} |"
+              for epoch in (10, 20, 30)]),
+
+    Table("docs/sampling.md", "How good the digits are", "| 10,000 images each | recognised | Fréchet distance |", [
+        "| **samples of the prior** | {shipped:recognised:.2%} | {shipped:frechet:.2f} |",
+        *(f"| {title} | {{shipped:recognised {name}:.2%}} | {{shipped:frechet {name}:.2f}} |" for title, name in (
+            ("test set, reconstructed", "reconstructions"),
+            ("noise, quantized and decoded, as `--input random` does it", "noise"), ("test set", "test set")))]),
+    Table("docs/sampling.md", "Temperature and guidance", "| flags | recognised | Fréchet distance | memorised |", [
+        sampled("shipped", "none: temperature 1, guidance 1", "memorised:.2%"),
+        *(sampled(row, f"`--{row}`", "memorised:.2%") for row in SAMPLED)]),
+    Table("docs/sampling.md", "Complete an image", "| rows kept | read as the true digit |", [
+        f"| {kept} of 7 | {{completions:read {kept} rows:.1%}} ± {{completions:error {kept} rows:.1%}} |"
+        for kept in range(8)]),
+
+    Table("docs/own-images.md", "Photographs: CIFAR-10", "| on the 10,000 test images | |", [
+        "| MSE, reconstruction | {CIFAR-10 pipeline:mse:.4f} on the [−1, 1] scale, PSNR "
+        "{CIFAR-10 pipeline:psnr:.1f} dB |",
+        "| codebook and commitment loss | {CIFAR-10 pipeline:codebook:.4f} each |",
+        "| codes | {CIFAR-10 pipeline:used:.0f} of 512 used, perplexity {CIFAR-10 pipeline:perplexity:.0f} |",
+        "| bits per dimension | {CIFAR-10 pipeline:bits:.4f} for the codes as they are, "
+        "{CIFAR-10 pipeline:bits prior:.4f} under the prior |",
+        "| prior | {CIFAR-10 pipeline:nats:.3f} nats per code, of at most log 512 = 6.24 |",
+        "| time | 64 minutes for the VQ-VAE and 61 for the prior, on one core of a busy AMD EPYC |"]),
+]
+
+SENTENCES = [
+    Sentence("README.md", "A classifier with a test accuracy of {shipped:recognised test set:.2%} recognises "
+                          "{shipped:recognised:.2%} of the digits sampled"),
+    Sentence("README.md", "This reaches a test MSE of {recommended:mse:.4f} with {recommended:used:.0f} codes in use"),
+    Sentence("docs/training.md", "The test loss is {recommended:mse epoch 1:.3f} after the first epoch and "
+                                 "{recommended:mse:.4f} after the tenth."),
+    Sentence("docs/results.md", "With its settings and its codebook the run here ends at {published:mse:.4f} "
+                                "(first row)."),
+    Sentence("docs/results.md", "these end at {three epochs EMA:mse:.4f}, without `ema` at {three epochs:mse:.4f}."),
+    Sentence("docs/questions.md", "the published codebook ends at a perplexity of {published:perplexity:.0f} with "
+                                  "{published:used:.0f} codes used."),
+    Sentence("docs/questions.md", "The shipped model uses all {shipped:used:.0f} codes at a perplexity of "
+                                  "{shipped:perplexity:.0f}."),
+    Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, and "
+                                 "{shipped:recognised:.2%} of its samples are recognised"),
+    Sentence("docs/sampling.md", "gave {pipeline samples:nats:.3f} nats, and its samples were recognised as often."),
+    Sentence("model.txt", "as python3 evaluate.py prints them: test MSE {shipped:mse:.5f} on the [-1, 1] scale PSNR "
+                          "{shipped:psnr:.2f} dB perplexity {shipped:perplexity:.1f} codes used {shipped:used:.0f} of "
+                          "512 bits per pixel {shipped:bits:.4f}"),
+    Sentence("model.txt", "the calibration: {pipeline samples:nats:.4f} nats per code"),
+    Sentence("model.txt", "nats per code {shipped:nats:.4f} on the 10,000 test digits bits per pixel "
+                          "{shipped:bits prior:.4f} recognised {shipped:recognised:.2%} of 10,000 digits drawn "
+                          "Fréchet distance {shipped:frechet:.2f}"),
+    Sentence("model.txt", "accuracy {classifier:accuracy:.2%} of the 10,000 test digits"),
+    Sentence("model.txt", "folder cifar10 is: test MSE {CIFAR-10 shipped:mse:.5f} on the [-1, 1] scale PSNR "
+                          "{CIFAR-10 shipped:psnr:.2f} dB perplexity {CIFAR-10 shipped:perplexity:.1f} codes used "
+                          "{CIFAR-10 shipped:used:.0f} of 512 bits per pixel {CIFAR-10 shipped:bits:.4f}"),
+]
