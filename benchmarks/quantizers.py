@@ -94,6 +94,7 @@ TRAINING = "--batch-size 128 --hidden-size 40 --k 512 --beta 0.25 --lr-schedule 
 PRIOR = "--layers 2 --width 96 --heads 4 --shift 0 --batch-size 64 --lr 4e-3 --sample-every 0"
 WARM_UP_STEPS, TIMED_STEPS, TIMED_ROUNDS = 3, 10, 5
 MEASURED = "mse", "perplexity", "codes_used"
+PRIOR_FIGURES = "nats_per_map", "bits_per_dimension"
 
 
 # ---------------------------------------------------------------- a training, a prior
@@ -208,13 +209,14 @@ def cli_script():
 class Results:
     """What has been measured so far, in a file that holds it after every measurement.
 
-    rates: {name: {rate: error}}; seeds: {name: {seed: figures}}; prior: {name: figures}; seconds: {name: seconds}.
-    Figures hold the rate that they were measured with. Raises ValueError if the file is damaged or of other settings.
+    rates: {name: {rate: error}}; seeds: {name: {seed: figures}}; prior: {name: figures}; seconds: {name: seconds};
+    table: {name: figures}, what the printed table shows. Figures hold the rate that they were measured with. Raises
+    ValueError if the file is damaged or of other settings.
     """
 
     def __init__(self, path, settings):
         self.path, self.lock = path, Lock()
-        empty = {"settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}}
+        empty = {"settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}, "table": {}}
         try:
             self.contents = json.loads(path.read_text()) if path.exists() else empty
         except ValueError as error:
@@ -286,19 +288,26 @@ def measure(args, names, results):
             results.add("seconds", name, seconds)
 
 
-def table(names, results, seeds):
-    """The results as lines of Markdown, the errors over so many seeds."""
-    lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+def summarise(names, results, seeds):
+    """{name: the figures of its line in the table}: mse, perplexity and used are means over so many seeds."""
+    summary = {}
     for name in names:
         rows, prior = [results["seeds"][name][str(seed)] for seed in range(seeds)], results["prior"][name]
         errors, perplexities, used = ([row[key] for row in rows] for key in MEASURED)
-        spread = f" ± {(max(errors) - min(errors)) / 2:.5f}" if len(errors) > 1 else ""
-        lines.append(f"| {name} | {rows[0]['rate']:g} | {statistics.mean(errors):.5f}{spread} "
-                     f"| {statistics.mean(perplexities):.0f} | {statistics.mean(used):.0f} "
-                     f"| {prior['nats_per_map']:.1f} | {prior['bits_per_dimension']:.4f} "
-                     f"| {1000 * results['seconds'][name]:.1f} |")
-    return "\n".join(lines)
+        summary[name] = {"rate": rows[0]["rate"], "mse": statistics.mean(errors),
+                         "half_range": (max(errors) - min(errors)) / 2, "perplexity": statistics.mean(perplexities),
+                         "used": statistics.mean(used), **{key: prior[key] for key in PRIOR_FIGURES},
+                         "milliseconds": 1000 * results["seconds"][name]}
+    return summary
+
+
+def table(summary):
+    """The lines of summarise() as Markdown."""
+    lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    line = ("| {} | {rate:g} | {mse:.5f} ± {half_range:.5f} | {perplexity:.0f} | {used:.0f} | {nats_per_map:.1f} "
+            "| {bits_per_dimension:.4f} | {milliseconds:.1f} |")
+    return "\n".join([*lines, *(line.format(name, **figures) for name, figures in summary.items())])
 
 
 def run(args):
@@ -317,9 +326,11 @@ def run(args):
         results.contents["machine"] = (f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one "
                                        f"thread, {args.processes} at a time")
         measure(args, names, results)
-    print(f"{table(names, results, args.seeds)}\n\nTest MSE: the mean over {args.seeds} seeds, ± half the range; nats "
-          f"and bits: on the test set, of the best of {args.prior_epochs} epochs on held-out images. All of it is in "
-          f"{results.path}.")
+        for name, line in summarise(names, results, args.seeds).items():
+            results.add("table", name, line)
+    print(f"{table({name: results['table'][name] for name in names})}\n\nTest MSE: the mean over {args.seeds} seeds, "
+          f"± half the range; nats and bits: on the test set, of the best of {args.prior_epochs} epochs on held-out "
+          f"images. All of it is in {results.path}.")
 
 
 def main(argv=None):
