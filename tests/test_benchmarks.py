@@ -107,7 +107,7 @@ def test_bad_input_gets_a_one_line_error(arguments, words, capsys):
     assert words in expect_usage_error("benchmarks/speed.py", arguments, capsys)
 
 
-def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+def test_quantizers_benchmark_goes_on_where_it_was_interrupted(mnist_folder, tmp_path, monkeypatch, capsys):
     commands = []
 
     def run(folder, words, stop_at=None):
@@ -118,11 +118,11 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeyp
         assert result.returncode == 0, result.stderr
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quantizers, "TRAINING", "--batch-size 600 --hidden-size 4 --k 512 --lr-schedule cosine")
-    monkeypatch.setattr(quantizers, "PRIOR", "--layers 1 --width 12 --shift 0 --batch-size 600")
+    monkeypatch.setattr(quantizers, "TRAINING", "--batch-size 60 --hidden-size 4 --k 512 --lr-schedule cosine")
+    monkeypatch.setattr(quantizers, "PRIOR", "--layers 1 --width 12 --shift 0 --batch-size 60")
     monkeypatch.setattr(quantizers, "TIMED_ROUNDS", 1)
-    flags = ["FSQ", "--dataset", "MNIST-10k", "--rates", "1e-3", "8e-3", "--rate-epochs", "1", "--num-epochs", "1",
-             "--seeds", "2", "--prior-epochs", "1"]
+    flags = ["FSQ", "--data-folder", str(mnist_folder), "--rates", "1e-3", "8e-3", "--rate-epochs", "1",
+             "--num-epochs", "1", "--seeds", "2", "--prior-epochs", "1"]
     monkeypatch.setattr(quantizers, "run_script", functools.partial(run, stop_at=2))
     with pytest.raises(SystemExit):
         quantizers.main(flags)
@@ -136,7 +136,7 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(tmp_path, monkeyp
     assert results["rates"]["FSQ"]["0.008"] < results["rates"]["FSQ"]["0.001"]
     model, _ = checkpoint.load_model(tmp_path / "quantizers" / "models" / "fsq-0.008-1-0" / "model_1.pt")
     assert (model.quantizer.num_codes, len(model.quantizer.levels)) == (512, 3)
-    losses, counts = evaluate(model, data.batches(data.load("MNIST-10k", "")[1], 500), "cpu")
+    losses, counts = evaluate(model, data.batches(data.load("MNIST", mnist_folder)[1], 500), "cpu")
     first = results["seeds"]["FSQ"]["0"]
     assert first["mse"] == pytest.approx(losses.reconstruction, rel=1e-4)
     assert abs(first["codes_used"] - (counts > 0).sum()) <= 2
