@@ -112,12 +112,12 @@ def launch(arguments, folder, log):
     run.main(arguments)
 
 
-def test_torchrun_commands_of_the_docs_train(tmp_path):
+def test_torchrun_commands_of_the_docs_train(mnist_folder, tmp_path):
     """With smaller settings, and two launchers on this machine in place of several machines."""
     commands = readme_commands("docs/several-processes.md", "Several processes")
     assert len(commands) == 3 and all(command[0] == "torchrun" for command in commands)
-    small_flags = {"VQ-VAE.py": ["--hidden-size", "4", "--k", "16", "--batch-size", "900", "--num-epochs", "1"],
-                   "train_prior.py": ["--layers", "1", "--width", "8", "--heads", "1", "--batch-size", "900",
+    small_flags = {"VQ-VAE.py": ["--hidden-size", "4", "--k", "16", "--batch-size", "60", "--num-epochs", "1"],
+                   "train_prior.py": ["--layers", "1", "--width", "8", "--heads", "1", "--batch-size", "60",
                                       "--num-epochs", "1", "--shift", "0"]}
     with socket.create_server(("localhost", 0)) as server:
         free_port = str(server.getsockname()[1])
@@ -131,7 +131,7 @@ def test_torchrun_commands_of_the_docs_train(tmp_path):
         if "--resume" in words:
             words += ["--num-epochs", "2"]
         else:
-            words += [*small_flags[script], "--dataset", "MNIST-10k"]
+            words += [*small_flags[script], "--data-folder", str(mnist_folder)]
         logs = [tmp_path / f"launcher-{i}.log" for i in range(num_launchers)]
         launchers = [forkserver().Process(target=launch, args=(words[1:], tmp_path, log)) for log in logs]
         for launcher in launchers:
