@@ -82,14 +82,14 @@ MEASURED_CODES = 2048           # in the steps whose time is measured before the
 LONG_TRAINING = 3600            # seconds, from which on it is said how to make it shorter
 LARGE_MAPS = 10**9              # bytes, from which on it is said how many there are
 PATIENCE = 3                    # epochs without a lower test loss, after which the training stops
-COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds")
+COLUMNS = ("epoch", "train_nats", "test_nats", "bits_per_dimension", "seconds")
 # Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
 
 
 # ---------------------------------------------------------------- the training
 
 def train(trainer, maps, vqvae, bits_per_nat):
-    """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per pixel of one nat per code."""
+    """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per dimension of one nat per code."""
     args, prior, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
 
     def forward(indices, labels, shifts):
@@ -113,14 +113,14 @@ def train(trainer, maps, vqvae, bits_per_nat):
 
         test_nats = calibrate_and_evaluate(prior, maps)
         bits = test_nats * bits_per_nat
-        trainer.save_epoch(test_nats, {"nats_per_code": test_nats, "bits_per_pixel": bits})
+        trainer.save_epoch(test_nats, {"nats_per_code": test_nats, "bits_per_dimension": bits})
         if distributed.is_main_process():
             [train_nats] = trainer.state.mean_losses()
             tensorboard_logs.log_prior(trainer.writer, epoch, train_nats, test_nats, bits)
             if args.sample_every and epoch % args.sample_every == 0:
                 with trainer.optional("samples"):
                     log_samples(trainer, vqvae, epoch)
-            trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:14.4f}"
+            trainer.add_track_line(f"{epoch:5}  {train_nats:10.4f}  {test_nats:9.4f}  {bits:18.4f}"
                                    f"  {trainer.epoch_seconds():7.1f}")
 
 

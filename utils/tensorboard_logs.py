@@ -186,11 +186,11 @@ def log_hparams(writer, settings, figures):
         writer.add_scalar(tag, value)
 
 
-def log_prior(writer, epoch, train_nats, test_nats, bits_per_pixel):
-    """Nats per code on both sets, and the test set's in bits per pixel."""
+def log_prior(writer, epoch, train_nats, test_nats, bits_per_dimension):
+    """Nats per code on both sets, and the test set's in bits per dimension."""
     writer.add_scalar("prior/train", train_nats, epoch)
     writer.add_scalar("prior/test", test_nats, epoch)
-    writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
+    writer.add_scalar("prior/bits_per_dimension", bits_per_dimension, epoch)
 
 
 def log_classifier(writer, epoch, train_loss, accuracy):
