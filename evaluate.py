@@ -106,7 +106,8 @@ def table(measured, is_test):
 
 def open_classifiers(args, are_digits):
     """{path: classifier}: the one that the arguments name, else the shipped ones. Empty if the images are no digits."""
-    paths = [args.classifier] if args.classifier else map(files.typed_path, checkpoint.CLASSIFIERS)
+    shipped = [files.typed_path(path) for path in checkpoint.CLASSIFIERS if path.exists()]
+    paths = [args.classifier] if args.classifier else shipped
     if are_digits:
         return {str(path): _open_classifier(path, args.device) for path in paths}
     if args.classifier:

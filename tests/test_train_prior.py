@@ -14,6 +14,7 @@ from PIL import Image
 import checkpoint
 import data
 from data.code_maps import CodeMaps, offsets_up_to, shift_images
+from metrics.classifier import DigitTransformer
 from utils.memory import samples_that_fit
 
 SMALL_FLAGS = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "32", "--heads", "4", "--num-epochs", "2",
@@ -136,6 +137,11 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
     run, script = folder / "models" / "run", import_script("evaluate.py")
     monkeypatch.setattr(script, "NUM_SAMPLES", 600)
     monkeypatch.setattr(script, "COMPARED", 150)
+    torch.manual_seed(0)
+    transformer = DigitTransformer().eval()         # it has learned nothing, but measures
+    checkpoint.save(tmp_path / "second.pt", {"format": 1, "kind": "classifier", "config": {
+        "architecture": "transformer"}, "model": transformer.state_dict()})
+    monkeypatch.setattr(checkpoint, "CLASSIFIERS", (checkpoint.CLASSIFIER, tmp_path / "second.pt"))
     script.main(["--model", str(run / "best.pt"), "--prior", str(run / "prior.pt"), "--seed", "1",
                  "--temperature", "0.8", "--json", str(tmp_path / "out.json")])
     output = capsys.readouterr().out
@@ -159,7 +165,6 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
         x = data.to_model_range(test_set.images)
         reconstruction_accuracy = accuracy(model(x).reconstruction, test_set.labels)
         test_accuracy = accuracy(x, test_set.labels)
-        transformer, _ = checkpoint.load_classifier(checkpoint.CLASSIFIERS[1])
         second_accuracies = accuracy(samples, labels, transformer), accuracy(x, test_set.labels, transformer)
         sample_mean, test_mean = (classifier.features(images).mean(dim=0) for images in (samples, x))
         mean_distance = (sample_mean - test_mean).square().sum().item()
@@ -177,7 +182,7 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
     assert metrics["random"]["recognised"] < 0.2
 
     for figures in (metrics, second):
-        assert figures["random"]["precision"] < figures["reconstructions"]["precision"] > figures["samples"]["recall"]
+        assert figures["random"]["recall"] < figures["samples"]["recall"] < figures["reconstructions"]["recall"]
         assert figures["test_set"]["precision"] == figures["test_set"]["recall"] == 1
         section = output.split(f"\n{figures['classifier']}\n")[1].split("\n\n")[0]
         rows = re.findall(r"^(\S.+?) {2,}([\d.]+)% ± ([\d.]+)% +-?([\d.]+) +([\d.]+)% ± \S+ +([\d.]+)% ± ", section,
@@ -266,6 +271,26 @@ def test_best_epoch_is_kept_and_a_rising_loss_stops_training(folder, mnist_folde
     assert contents["config"]["drop_label"] == 0.3 and contents["config"]["dropout"] == 0.2
     assert track(tmp_path)["epoch"].tolist() == [1, 2, 3, 4, 5]
     assert "has not fallen for 3 epochs" in capsys.readouterr().out
+
+
+def test_resumed_run_of_an_earlier_version_keeps_the_header_of_its_track(folder, tmp_path, monkeypatch):
+    """Its fourth column was called bits_per_pixel, for the same figure."""
+    for name in ("models", "logs"):
+        shutil.copytree(folder / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    contents = torch.load("models/run/prior-last.pt", weights_only=True)
+    lines = contents["training"]["progress"]["track"]
+    lines[0] = lines[0].replace("bits_per_dimension", "bits_per_pixel")
+    checkpoint.save("models/run/prior-last.pt", contents)
+    script = import_script("train_prior.py")
+    monkeypatch.setattr(script, "nats_per_code", lambda *_: 1.5)
+    monkeypatch.setattr(script.Trainer, "batches", lambda trainer, _: setattr(trainer.state, "images", 1) or ())
+    script.main(["--model", "models/run/best.pt", "--resume", "--num-epochs", "3", "--sample-every", "0"])
+    columns = track(tmp_path)
+    assert list(columns) == ["epoch", "train_nats", "test_nats", "bits_per_pixel", "seconds"]
+    assert columns["epoch"].tolist() == [1, 2, 3]
+    assert columns["bits_per_pixel"][2] == pytest.approx(1.5 * 49 / math.log(2) / 784, abs=1e-4)
+    assert columns["bits_per_pixel"][:2].tolist() == track(folder)["bits_per_dimension"].tolist()
 
 
 def test_overwrite_replaces_only_the_prior_and_its_logs(folder, mnist_folder, tmp_path):
