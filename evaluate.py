@@ -23,8 +23,8 @@ def get_parser():
     group = parser.add_argument_group("the prior, and digits sampled from it")
     cli.add_sampling_arguments(group, without="none is measured")
     group.add_argument("--classifier", type=arguments.file_name, metavar="PATH",
-                       help="checkpoint of train_classifier.py, which alone then judges them (default: the two shipped "
-                            "ones, pretrained/classifier.pt and pretrained/classifier-transformer.pt)")
+                       help="checkpoint of train_classifier.py, used alone (default: the shipped ones, "
+                            "pretrained/classifier.pt and, if it is there, classifier-transformer.pt)")
     group.add_argument("--pairs", type=arguments.file_name, metavar="FILE",
                        help="also write a picture to this PNG file: the ten samples most like copies, each above its "
                             "nearest training image; its folders are created (default: none)")

@@ -56,16 +56,16 @@ def nearest_images(images, batches, device="cpu", bar=None):
     batches: of (uint8 training images (B, C, H, W), labels). The distance to a training image is that to the nearest of
     its SHIFTS. If there are less than n of them, the last one is repeated. bar is advanced by update(B).
     """
-    queries = reduced(images).to(device)                              # (N, F)
+    queries = reduced(images.to(device))                              # (N, F)
     squares = queries.square().sum(dim=1, keepdim=True)               # (N, 1)
     best = queries.new_full((len(queries), NEIGHBOURS), torch.inf)    # squared distances
     rows = torch.zeros(best.shape, dtype=torch.int64, device=device)
     block, first = items_that_fit(3 * len(queries)), 0
     for batch, _ in batches:
-        for part in batch.split(block):
+        for part in batch.to(device).split(block):
             found = None
             for offset in SHIFTS:
-                keys = reduced(shift_images(part, *offset)).to(device)                    # (B, F)
+                keys = reduced(shift_images(part, *offset))           # (B, F)
                 # ‖k‖² − 2 q·k, to which ‖q‖² is added below.
                 scores = torch.addmm(keys.square().sum(dim=1), queries, keys.T, alpha=-2)             # (N, B)
                 found = scores if found is None else torch.minimum(found, scores, out=found)
