@@ -181,8 +181,8 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
     assert metrics["samples"]["frechet"] < metrics["random"]["frechet"]
     assert metrics["random"]["recognised"] < 0.2
 
-    for name in ("precision", "recall"):
-        assert metrics["random"][name] < metrics["samples"][name] and metrics["reconstructions"][name] > 0.9
+    assert metrics["random"]["precision"] < metrics["samples"]["precision"] < metrics["reconstructions"]["precision"]
+    assert metrics["random"]["recall"] < min(metrics[name]["recall"] for name in ("samples", "reconstructions"))
     for figures in (metrics, second):
         assert figures["test_set"]["precision"] == figures["test_set"]["recall"] == 1
         section = output.split(f"\n{figures['classifier']}\n")[1].split("\n\n")[0]
