@@ -21,8 +21,9 @@ One of a prior rebuilds its own as well, and names the VQ-VAE that its codes bel
     dataset   the data set's name; classes, its classes' names, where they are not the ten digits
     model, epoch, step, test   as above, and in prior-last.pt training
 
-The classifier that judges sampled digits has format, kind ("classifier"), dataset, model, epoch, step and test, and in
-NAME-last.pt training. The first ones have no epoch and step.
+A classifier that judges sampled digits has format, kind ("classifier"), config, dataset, model, epoch, step and test,
+and in NAME-last.pt training. The config names its architecture; without one it is the CNN. The first ones have no epoch
+and step.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from metrics.classifier import DigitClassifier
+from metrics.classifier import ARCHITECTURES
 from modules import VectorQuantizedVAE
 from prior import TAIL_KNOTS, CodePrior
 from utils.files import command, read_file, write_atomically
@@ -43,6 +44,7 @@ from vector_quantizer import QUANTIZERS
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
 CLASSIFIER = PRETRAINED.with_name("classifier.pt")
+CLASSIFIERS = CLASSIFIER, PRETRAINED.with_name("classifier-transformer.pt")
 MAX_DEPTH = 9               # of nested dictionaries and lists
 LARGEST_SIDE = 512          # pixels; a damaged file must not ask for any amount of memory
 PUBLISHED_CODEBOOK = "codeBook.embedding.weight"
@@ -213,7 +215,10 @@ def load_classifier(path, device="cpu"):
     """
     contents, _ = _read(path, device)
     _check_kind(contents, "classifier", "a classifier")
-    return _rebuild(DigitClassifier, {**contents, "config": {}}, device), contents
+    match contents.setdefault("config", {"architecture": "cnn"}):           # the first ones have none
+        case {"architecture": str(name)} if name in ARCHITECTURES:
+            return _rebuild(ARCHITECTURES[name], {**contents, "config": {}}, device), contents
+    raise ValueError(f"the checkpoint's architecture is none of {', '.join(ARCHITECTURES)}")
 
 
 class _Uninitialised(TorchFunctionMode):

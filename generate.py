@@ -19,7 +19,6 @@ from utils import arguments, cli
 ROWS = 10
 INPUTS = "test", "MNIST", "random", "prior"          # MNIST is the published name of the first
 FOLDER = "generatedImages"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def get_parser():
@@ -86,11 +85,9 @@ def check_arguments(parser, args):
 if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
-import io
 import sys
 
 import torch
-from PIL import Image
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -107,6 +104,8 @@ def test_images(args, contents, path, count, generator):
     if test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--model {path} --dataset {dataset}: the model's images are {contents['dataset']['shape']}, "
                          f"those of the data set {test_set.shape}")
+    if note := data.seen_in_training(contents["dataset"]["name"], dataset)[1]:
+        print(note, file=sys.stderr)
     rows = torch.randperm(len(test_set), generator=generator)[:count].tolist()
     batches = data.batches(Subset(test_set, rows), ROWS, num_workers=args.num_workers)
     return torch.cat([images for images, _ in batches])
@@ -252,7 +251,7 @@ def generate(args):
     model, contents, path = inputs.open_model(args)
     name = args.filename or default_name(args, contents)
     picture = files.OutputFile(Path(FOLDER, name if Path(name).suffix.lower() == ".png" else f"{name}.png"),
-                               args.overwrite, "a PNG file", is_png, " or choose another --filename")
+                               args.overwrite, "a PNG file", image_file.is_png, " or choose another --filename")
     with cli.errors_name_flag("--filename", name):
         check_picture(picture, args.input)
     generator = torch.Generator().manual_seed(args.seed)        # on the CPU: the same on every device
@@ -266,15 +265,10 @@ def generate(args):
         images = input_images(args, contents, path, generator)
         images = complete(model, *prior, images, generator, args) if prior else reconstruct(model, images, args)
     columns = ROWS if args.complete is None else 1 + ROWS
-    png = grid_as_png(images, min(columns, len(images) // 2) if args.originals else columns)
+    png = image_file.as_png(data.grid(images, min(columns, len(images) // 2) if args.originals else columns))
     with cli.errors_name_flag("--filename", name):
         picture.write(png)
     print(picture.path)
-
-
-def is_png(path):
-    with open(path, "rb") as file:
-        return file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
 
 
 def check_picture(picture, source):
@@ -284,13 +278,6 @@ def check_picture(picture, source):
         own = picture.path.resolve()
         if source.resolve() in (own, *own.parents):
             raise ValueError(f"{picture.path}: is in --input {source}, choose another name")
-
-
-def grid_as_png(images, columns):
-    """uint8 images (B, C, H, W) as a grid, in the bytes of a PNG file."""
-    pixels, buffer = data.grid(images, columns), io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="png")
-    return buffer.getbuffer()
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """Train the classifier that judges sampled digits: python3 train_classifier.py [--data-folder PATH] ...
 
-A small CNN on real digits, slightly rotated, scaled and shifted. Writes models/NAME.pt, and what is needed to resume
-into models/NAME-last.pt.
+A small CNN, or with --architecture transformer a vision transformer, on real digits, slightly rotated, scaled and
+shifted. Writes models/NAME.pt, and what is needed to resume into models/NAME-last.pt.
 """
 
 if __name__ == "__main__":
@@ -20,6 +20,8 @@ def get_parser():
                         help=f"where the data set is, or is downloaded to once {shown}")
     parser.add_argument("--output", type=arguments.name_inside("models"), default="classifier", metavar="NAME",
                         help=f"writes models/NAME.pt {shown}")
+    parser.add_argument("--architecture", type=arguments.one_of(*arguments.ARCHITECTURES), default="cnn",
+                        metavar="NAME", help=f"{' or '.join(arguments.ARCHITECTURES)} {shown}")
     parser.add_argument("--num-epochs", type=arguments.integer(1), default=10, metavar="N",
                         help=f"passes over the training set {shown}")
     parser.add_argument("--batch-size", type=arguments.integer(2), default=128, metavar="N",
@@ -48,7 +50,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import checkpoint
 import data
-from metrics.classifier import HIDDEN_SIZE, DigitClassifier
+from metrics.classifier import ARCHITECTURES, HIDDEN_SIZE
 from utils import event_files, files, inputs, speed, tensorboard_logs
 from utils.distributed import launch_command
 from utils.memory import images_that_fit
@@ -109,10 +111,11 @@ def build_trainer(args, run_files, train_set, generator, saved=None):
     """The Trainer of a new classifier. saved: the contents of the checkpoint to resume from, if there is one."""
     set_deterministic(args.device)
     seed_everything(args.seed)
-    metadata = {"format": checkpoint.FORMAT, "kind": "classifier", "dataset": args.dataset}
+    metadata = {"format": checkpoint.FORMAT, "kind": "classifier", "config": {"architecture": args.architecture},
+                "dataset": args.dataset}
     if saved:
         check_metadata(metadata, saved)
-    model = DigitClassifier().to(args.device, memory_format=speed.memory_format(args.device))
+    model = ARCHITECTURES[args.architecture]().to(args.device, memory_format=speed.memory_format(args.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY,
                                   fused=args.device != "mps")
     steps = args.num_epochs * math.ceil(len(train_set) / args.batch_size)

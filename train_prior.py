@@ -91,7 +91,7 @@ PATIENCE = 3                    # epochs without a lower validation loss, after 
 # ---------------------------------------------------------------- the training
 
 def train(trainer, maps, vqvae, bits_per_nat):
-    """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per pixel of one nat per code."""
+    """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per dimension of one nat per code."""
     args, prior, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
 
     def forward(indices, labels, shifts):
@@ -118,7 +118,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
         bits, losses = test_nats * bits_per_nat, {} if validation_nats is None else {"validation": validation_nats}
         losses["test"] = test_nats
         figures = {name: {"nats_per_code": value} for name, value in losses.items()}
-        figures["test"]["bits_per_pixel"] = bits
+        figures["test"]["bits_per_dimension"] = bits
         trainer.save_epoch(validation_nats, figures)
         if distributed.is_main_process():
             [train_nats] = trainer.state.mean_losses()
@@ -128,7 +128,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
                     log_samples(trainer, vqvae, epoch)
             trainer.add_track_line(tensorboard_logs.PRIOR_COLUMNS, {
                 "epoch": epoch, "train_nats": train_nats, "val_nats": validation_nats, "test_nats": test_nats,
-                "bits_per_pixel": bits, "seconds": trainer.epoch_seconds()})
+                "bits_per_dimension": bits, "seconds": trainer.epoch_seconds()})
 
 
 def nats(prior, indices, labels, shifts):

@@ -167,8 +167,9 @@ def train_prior(args, path):
     elif checkpoint.load_prior(last, path)[1]["epoch"] < args.prior_epochs:
         run_script(args.folder, [*words, "--resume"])
     prior, contents = checkpoint.load_prior(path.with_name("prior.pt"), path)
-    return {"nats_per_map": contents["test"]["nats_per_code"] * prior.height * prior.width,
-            "bits_per_dimension": contents["test"]["bits_per_pixel"]}
+    test = contents["test"]
+    return {"nats_per_map": test["nats_per_code"] * prior.height * prior.width,     # older files: the former name
+            "bits_per_dimension": test["bits_per_dimension" if "bits_per_dimension" in test else "bits_per_pixel"]}
 
 
 # ---------------------------------------------------------------- the seconds of a step

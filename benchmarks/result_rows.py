@@ -38,10 +38,13 @@ KINDS = {
     "bits": Kind("bits", ".4f", (0.005, 0), (0.002, 0)),
     "recognised": Kind("recognised", ".2%", (0, 0.003), (0, 0.005)),
     "frechet": Kind("Fréchet distance", ".2f", (0.05, 0.015), (0.05, 0.02)),
-    "memorised": Kind("memorised", ".2%", (0, 0.0005), (0, 0.001)),
+    "precision": Kind("precision", ".2%", (0, 0.006), (0, 0.01)),
+    "recall": Kind("recall", ".2%", (0, 0.006), (0, 0.01)),
+    "copies": Kind("counted as copies", ".2%", (0, 0.003), (0, 0.005)),
+    "ratio": Kind("median ratio of distances", ".3f", (0, 0.01), (0, 0.01)),
     "accuracy": Kind("accuracy", ".2%", (0, 0.0005), (0, 0.0005)),
     "read": Kind("read as the true digit", ".1%", (0, 0.016), (0, 0.03)),
-    "error": Kind("its standard error", ".1%", (0, 0.001), (0, 0.003)),
+    "error": Kind("standard error", ".2%", (0, 0.001), (0, 0.003)),
 }
 
 
@@ -75,12 +78,21 @@ TRAINED = {"mse": "epochs.-1.test_recon", "perplexity": "epochs.-1.perplexity", 
 LONG = {f"{name} epoch {epoch}": f"epochs.{epoch - 1}.{column}" for epoch in (10, 20, 30) for name, column in (
     ("training", "train_recon"), ("mse", "test_recon"), ("perplexity", "perplexity"), ("used", "used"))}
 MODEL = {"mse": "mse", "psnr": "psnr", "codebook": "codebook_loss", "perplexity": "perplexity", "used": "codes_used",
-         "bits": "bits_per_pixel"}
-PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_pixel"}
-SAMPLES = {"recognised": "prior.samples.recognised", "frechet": "prior.samples.frechet",
-           "memorised": "prior.memorised"}
-OTHERS = {f"{figure} {name}": f"prior.{part}.{figure}" for figure in ("recognised", "frechet") for name, part in (
+         "bits": "bits_per_dimension"}
+PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_dimension"}
+JUDGED = "recognised", "frechet", "precision", "recall"
+SAMPLES = {figure: f"prior.samples.{figure}" for figure in JUDGED[:2]}
+# Shares are shown with their standard errors.
+OTHERS = {f"{figure} {name}": f"prior.{part}.{figure}" for figure in JUDGED for name, part in (
     ("reconstructions", "reconstructions"), ("noise", "random"), ("test set", "test_set"))}
+OTHERS |= {figure: f"prior.samples.{figure}" for figure in JUDGED}
+OTHERS |= {f"error {figure} {name}": f"prior.{part}.{figure}_error" for figure in JUDGED if figure != "frechet"
+           for name, part in (("samples", "samples"), ("reconstructions", "reconstructions"), ("noise", "random"),
+                              ("test set", "test_set"))}
+COPIES = {f"{figure} {name}": f"prior.copies.{part}.{key}" for figure, key in (
+    ("copies", "flagged"), ("error copies", "flagged_error"), ("ratio", "median_ratio")) for name, part in (
+    ("samples", "samples"), ("reconstructions", "reconstructions"), ("planted", "noisy_copies"),
+    ("planted reconstructed", "reconstructed_copies"), ("test set", "test_set"))}
 COMPLETED = {f"{figure} {kept} rows": f"rows.{kept}.{key}" for kept in range(8) for figure, key in (
     ("read", "share"), ("error", "error"))}
 
@@ -125,7 +137,7 @@ ROWS = [
       for flag, values in SETTINGS.items() for value in values),
     Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 --output-folder defaults-30", LONG, 33),
 
-    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | OTHERS, 7,
+    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | OTHERS | COPIES, 7,
         given=True),
     *(Row(flags, "samples", f"{EVALUATE} --prior pretrained/prior.pt --{flags}", SAMPLES, 7, given=True)
       for flags in SAMPLING),
@@ -137,7 +149,7 @@ ROWS = [
         after=("recommended",)),
     Row("pipeline samples", "pipeline",
         f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt",
-        MODEL | PRIOR | SAMPLES | OTHERS, 7, after=("recommended", "prior")),
+        MODEL | PRIOR | SAMPLES | OTHERS | COPIES, 7, after=("recommended", "prior")),
     *(Row(f"pipeline {flags}", "pipeline",
           f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt --{flags}", SAMPLES, 7,
           after=("recommended", "prior")) for flags in SAMPLING),

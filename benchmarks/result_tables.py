@@ -36,9 +36,17 @@ def codebook(init, restart, update):
     return f"{{{row}:mse:.4f}} ({{{row}:perplexity:.0f}}, {{{row}:used:.0f}})"
 
 
-def sampled(row, flags, *more):
-    figures = "recognised:.2%", "frechet:.2f", *more
+def sampled(row, flags):
+    figures = "recognised:.2%", "frechet:.2f"
     return f"| {flags} | " + " | ".join(f"{{{row}:{figure}}}" for figure in figures) + " |"
+
+
+def judged(title, name, errors_name=None):
+    """A line on images of the row "shipped": its figures of that name, shares with their standard errors."""
+    of, errors_of = f" {name}".rstrip(), errors_name or name
+    shares = [f"{{shipped:{figure}{of}:.2%}} ± {{shipped:error {figure} {errors_of}:.2%}}"
+              for figure in ("recognised", "precision", "recall")]
+    return f"| {title} | {shares[0]} | {{shipped:frechet{of}:.2f}} | {shares[1]} | {shares[2]} |"
 
 
 SETTINGS_HEADER = "| settings | command | test MSE | perplexity | codes used |"
@@ -53,10 +61,10 @@ TABLES = [
     Table("README.md", "Shipped models", "| file | contents | results on MNIST's 10,000 test digits |", [
         "| `pretrained/vqvae.pt` (0.7 MB) | VQ-VAE with the recommended settings, D 40, K 512 | "
         "MSE {shipped:mse:.5f}, PSNR {shipped:psnr:.2f} dB, perplexity {shipped:perplexity:.1f}, {shipped:used:.0f} "
-        "codes used, {shipped:bits:.4f} bits per pixel |",
+        "codes used, {shipped:bits:.4f} bits per dimension |",
         "| `pretrained/prior.pt` (8.0 MB) | its prior, a transformer of 4 blocks, width 192, 6 heads | "
-        "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per pixel; {shipped:recognised:.2%} of 10,000 "
-        "samples recognised, Fréchet distance {shipped:frechet:.2f} in the classifier's features |",
+        "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per dimension; {shipped:recognised:.2%} of "
+        "10,000 samples recognised, Fréchet distance {shipped:frechet:.2f} in the classifier's features |",
         "| `pretrained/classifier.pt` (0.6 MB) | the classifier used to score samples | "
         "{shipped:recognised test set:.2%} accuracy |",
         "| `pretrained/vqvae-cifar10.pt` (1.4 MB) | VQ-VAE for [colour "
@@ -93,14 +101,23 @@ TABLES = [
               f"{{thirty epochs:perplexity epoch {epoch}:.0f}} | {{thirty epochs:used epoch {epoch}:.0f}} |"
               for epoch in (10, 20, 30)]),
 
-    Table("docs/sampling.md", "How good the digits are", "| 10,000 images each | recognised | Fréchet distance |", [
-        "| **samples of the prior** | {shipped:recognised:.2%} | {shipped:frechet:.2f} |",
-        *(f"| {title} | {{shipped:recognised {name}:.2%}} | {{shipped:frechet {name}:.2f}} |" for title, name in (
-            ("test set, reconstructed", "reconstructions"),
-            ("noise, quantized and decoded, as `--input random` does it", "noise"), ("test set", "test set")))]),
-    Table("docs/sampling.md", "Temperature and guidance", "| flags | recognised | Fréchet distance | memorised |", [
-        sampled("shipped", "none: temperature 1, guidance 1", "memorised:.2%"),
-        *(sampled(row, f"`--{row}`", "memorised:.2%") for row in SAMPLED)]),
+    Table("docs/sampling.md", "How good the digits are",
+          "| 10,000 images each | recognised by the CNN | Fréchet distance | precision | recall |", [
+              judged("**samples of the prior**", "", "samples"), judged("test set, reconstructed", "reconstructions"),
+              judged("noise, quantized and decoded, as `--input random` does it", "noise"),
+              "| test set | {shipped:recognised test set:.2%} ± {shipped:error recognised test set:.2%} | "
+              "{shipped:frechet test set:.2f} | 100 % | 100 % |"]),
+    Table("docs/sampling.md", "Are they copies?", "| 2,000 images each | median ratio | counted as copies |", [
+        *(f"| {title} | {{shipped:ratio {name}:.3f}} | {{shipped:copies {name}:.2%}} ± "
+          f"{{shipped:error copies {name}:.2%}} |" for title, name in (
+              ("**samples of the prior**", "samples"), ("test set, reconstructed", "reconstructions"),
+              ("training images moved by a pixel, with noise", "planted"),
+              ("these, reconstructed by the VQ-VAE", "planted reconstructed"))),
+        "| test set | {shipped:ratio test set:.3f} | {shipped:copies test set:.2%}, by definition |"]),
+    Table("docs/sampling.md", "Temperature and guidance",
+          "| flags | recognised by the CNN | Fréchet distance in its features |", [
+              sampled("shipped", "none: temperature 1, guidance 1"),
+              *(sampled(row, f"`--{row}`") for row in SAMPLED)]),
     Table("docs/sampling.md", "Complete an image", "| rows kept | read as the true digit |", [
         f"| {kept} of 7 | {{completions:read {kept} rows:.1%}} ± {{completions:error {kept} rows:.1%}} |"
         for kept in range(8)]),
@@ -134,13 +151,13 @@ SENTENCES = [
     Sentence("docs/sampling.md", "gave {pipeline samples:nats:.3f} nats, and its samples were recognised as often."),
     Sentence("model.txt", "as python3 evaluate.py prints them: test MSE {shipped:mse:.5f} on the [-1, 1] scale PSNR "
                           "{shipped:psnr:.2f} dB perplexity {shipped:perplexity:.1f} codes used {shipped:used:.0f} of "
-                          "512 bits per pixel {shipped:bits:.4f}"),
+                          "512 bits per dimension {shipped:bits:.4f}"),
     Sentence("model.txt", "the calibration: {pipeline samples:nats:.4f} nats per code"),
-    Sentence("model.txt", "nats per code {shipped:nats:.4f} on the 10,000 test digits bits per pixel "
+    Sentence("model.txt", "nats per code {shipped:nats:.4f} on the 10,000 test digits bits per dimension "
                           "{shipped:bits prior:.4f} recognised {shipped:recognised:.2%} of 10,000 digits drawn "
                           "Fréchet distance {shipped:frechet:.2f}"),
     Sentence("model.txt", "accuracy {classifier:accuracy:.2%} of the 10,000 test digits"),
     Sentence("model.txt", "folder cifar10 is: test MSE {CIFAR-10 shipped:mse:.5f} on the [-1, 1] scale PSNR "
                           "{CIFAR-10 shipped:psnr:.2f} dB perplexity {CIFAR-10 shipped:perplexity:.1f} codes used "
-                          "{CIFAR-10 shipped:used:.0f} of 512 bits per pixel {CIFAR-10 shipped:bits:.4f}"),
+                          "{CIFAR-10 shipped:used:.0f} of 512 bits per dimension {CIFAR-10 shipped:bits:.4f}"),
 ]

@@ -26,6 +26,9 @@ FOLDER = DATASETS[-1]           # the data set that is any folder of images
 VALIDATION_PART, MAX_VALIDATION = 12, 5000          # by default one of so many training images, at most so many
 LIGHT_ON_DARK = set(DATASETS) - {"CIFAR10", "SVHN", FOLDER}         # MNIST and its relatives
 DIGITS = tuple("0123456789")
+# Made from the same handwriting, NIST's Special Database 19.
+MNIST_RELATIVES = {name for name in DATASETS if name == "MNIST-10k" or name.endswith("MNIST") or "EMNIST" in name} - {
+    "FashionMNIST", "KMNIST"}
 
 
 class Images(Dataset):
@@ -194,6 +197,26 @@ def describe(name, folder, dataset):
 def are_digits(description):
     """Whether a data set, by its describe(), holds images of the ten digits as MNIST does."""
     return description["shape"] == [1, 28, 28] and "classes" not in description
+
+
+def seen_in_training(trained_on, name):
+    """Whether a model trained on one data set has seen the test images of another, and a sentence that says so.
+
+    True, False (then the sentence is empty), or None where it is not known. MNIST-10k is a part of MNIST's training
+    images. QMNIST's training images are MNIST's, made again from the scans, and none of its test images is among them
+    (Yadav and Bottou 2019, "Cold Case: the Lost MNIST Digits"). EMNIST's sets (Cohen et al. 2017) are chosen from the
+    same scans as MNIST, and from the same images as each other, but which of them are training images in one set and
+    test images in another is not recorded.
+    """
+    if name == trained_on or not {trained_on, name} <= MNIST_RELATIVES:
+        return False, ""
+    if any(each.startswith("EMNIST") for each in (trained_on, name)):
+        return None, (f"The model was trained on {trained_on}, which is made from the same handwriting as {name} "
+                      "(NIST's Special Database 19): it may have seen some of these images.")
+    if name == "MNIST-10k":
+        return True, (f"The model was trained on {trained_on}, whose training set has the same digits: it has seen "
+                      "these images, so they are no test of it.")
+    return False, ""
 
 
 def _load_bundled():

@@ -1,10 +1,11 @@
 """A picture's file as an image of one size: which formats are read, and how pixels of any mode become grey or RGB.
 
-Letters: C channels, H×W pixels.
+The pictures that scripts write are PNG files. Letters: C channels, H×W pixels.
 """
 
 import ctypes
 import errno
+import io
 import logging
 import warnings
 from contextlib import suppress
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 # Which Pillow recognises and leaves to others: to Ghostscript, to libraries that are not there, to the system.
 FOREIGN_FORMATS = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262           # tags of EXIF, and of TIFF
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_IS_WHITE = 0                                                    # a value of PHOTOMETRIC
 # What turns an image upright, by the value of ORIENTATION; 1 is upright.
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -140,3 +142,18 @@ def _deep_to_8_bits(image):
     if (transparent := image.info.get("transparency")) is not None:     # one value, of a PNG
         shades[pixels == transparent] = 255
     return shades
+
+
+# ---------------------------------------------------------------- written by the scripts
+
+def as_png(picture):
+    """A uint8 picture (3, H, W), such as a grid, in the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
+    return buffer.getbuffer()
+
+
+def is_png(path):
+    """Whether the file at a path begins as a PNG file does."""
+    with open(path, "rb") as file:
+        return file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE

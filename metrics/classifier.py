@@ -1,12 +1,17 @@
-"""A classifier of digits, which judges samples: a small CNN.
+"""Two classifiers of digits, built differently, which judge samples: a small CNN and a small vision transformer.
 
-Letters: B images, H×W pixels.
+Letters: B images, H×W pixels, P patches of one image, E width of the transformer.
 """
 
+import torch
 from torch import nn
 
 FEATURES = 128
-HIDDEN_SIZE = 96            # numbers that its largest layers hold for a pixel
+HIDDEN_SIZE = 96            # numbers that their largest layers hold for a pixel, at most
+
+WIDTH = 64                  # E
+PATCH = 4                   # pixels along a side
+PATCHES = (28 // PATCH)**2  # P
 
 
 class DigitClassifier(nn.Module):
@@ -32,3 +37,33 @@ class DigitClassifier(nn.Module):
 
 def _convolution(inputs, outputs):
     return (nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class DigitTransformer(nn.Module):
+    """Which digit an image shows, from its patches: a vision transformer (Dosovitskiy et al. 2021).
+
+    It shares no layer with DigitClassifier, so that a peculiarity of one of them shows as a difference.
+    """
+
+    def __init__(self, layers=4, heads=4):
+        super().__init__()
+        self.patches = nn.Linear(PATCH**2, WIDTH)
+        self.positions = nn.Parameter(torch.zeros(PATCHES, WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, heads, 2 * WIDTH, dropout=0.0, activation="gelu", batch_first=True,
+                                           norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, 10)
+        nn.init.normal_(self.positions, std=0.5)
+
+    def features(self, x):
+        """Images (B, 1, 28, 28) in [-1, 1] → (B, E), the mean of the tokens after the last norm."""
+        patches = nn.functional.unfold(x, PATCH, stride=PATCH).transpose(1, 2)                # (B, P, 16)
+        return self.encoder(self.patches(patches) + self.positions).mean(dim=1)
+
+    def forward(self, x):
+        """Images (B, 1, 28, 28) in [-1, 1] → logits (B, 10)."""
+        return self.head(self.features(x))
+
+
+# By the name in a checkpoint's configuration.
+ARCHITECTURES = {"cnn": DigitClassifier, "transformer": DigitTransformer}

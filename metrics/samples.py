@@ -1,15 +1,18 @@
-"""How good sampled digits are: recognised by a classifier, close to real ones in distribution, and not copied.
+"""How good sampled digits are: recognised by a classifier, close to real ones in distribution, and as varied.
 
-Letters: N images, B of them in a batch, h×w codes of one map, F features of the classifier.
+Letters: N and M images, B of them in a batch, h×w codes of one map, F features of the classifier.
 """
 
+import math
 import time
 from typing import NamedTuple
 
 import torch
 
 from data.code_maps import smallest_type
-from utils.memory import images_that_fit, samples_that_fit
+from utils.memory import images_that_fit, items_that_fit, samples_that_fit
+
+NEIGHBOURS = 3              # k of precision and recall
 
 
 class Predictions(NamedTuple):
@@ -109,7 +112,43 @@ def frechet_distance(one, other):
     return (difference.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
 
 
-def memorised_share(maps, training_maps):
-    """The share of maps (N, h, w) that are, code for code, among training_maps (M, h, w), of the same integer type."""
-    known = {row.tobytes() for row in training_maps.flatten(1).numpy()}
-    return sum(row.tobytes() in known for row in maps.flatten(1).numpy()) / len(maps)
+
+def standard_error(share, count):
+    """The standard error of a share of `count` independent images.
+
+    It is the standard deviation of the share that is believed after these images, by Bayes' theorem, if any share was
+    equally likely before. For usual shares that is √(share · (1 − share) / count); of no image it is not zero.
+    """
+    expected = (share * count + 1) / (count + 2)
+    return math.sqrt(expected * (1 - expected) / (count + 3))
+
+
+def precision_and_recall(features, real):
+    """Precision and recall of images with features (N, F), against real ones (M, F), for the same number of each.
+
+    Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", there with VGG's
+    features. Around each image of a set is a ball that reaches to its third nearest neighbour in the set. Precision is
+    the share of images that are in a ball of the real ones, so that they look real; recall the share of real ones that
+    are in a ball of the images, so that the images have all their variety. Of the larger set the first images count. In
+    float64: an image's distance to itself must not be a matter of rounding. Raises ValueError if there are too few.
+    """
+    count = min(len(features), len(real))
+    if count <= NEIGHBOURS:
+        raise ValueError(f"precision and recall take more than {NEIGHBOURS} images of each kind, not {count}")
+    features, real = features[:count].double(), real[:count].double()
+    return _share_in_balls(features, real), _share_in_balls(real, features)
+
+
+def _share_in_balls(points, centres):
+    """The share of points (N, F) that are in the ball of one of the centres (M, F), in blocks of rows."""
+    block = items_that_fit(4 * len(centres))                          # two float64 numbers each
+    radii = torch.cat([_squared_distances(rows, centres).kthvalue(NEIGHBOURS + 1, dim=1).values       # with itself
+                       for rows in centres.split(block)])             # (M,)
+    inside = sum((_squared_distances(rows, centres) <= radii).any(dim=1).sum().item() for rows in points.split(block))
+    return inside / len(points)
+
+
+def _squared_distances(rows, centres):
+    """‖r − c‖², (B, M) of rows (B, F) and centres (M, F)."""
+    squares = rows.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
+    return squares.addmm_(rows, centres.T, alpha=-2)

@@ -35,6 +35,20 @@ def test_bundled_digits_are_split_in_order():
     assert np.array_equal(torch.cat([train.labels, test.labels]).numpy(), labels)
 
 
+@pytest.mark.parametrize("trained_on, name, seen", [
+    ("MNIST", "MNIST-10k", True), ("QMNIST", "MNIST-10k", True), ("MNIST-10k", "MNIST", False),
+    ("MNIST-10k", "MNIST-10k", False), ("MNIST", "QMNIST", False), ("QMNIST", "MNIST", False),
+    ("MNIST", "EMNIST-mnist", None), ("EMNIST-digits", "MNIST-10k", None), ("EMNIST-letters", "EMNIST-byclass", None),
+    ("EMNIST-digits", "EMNIST-digits", False), ("MNIST", "KMNIST", False), ("FashionMNIST", "MNIST-10k", False),
+    ("folder", "MNIST", False), ("KMNIST", "EMNIST-mnist", False)])
+def test_data_sets_that_share_images_are_known(trained_on, name, seen):
+    found, sentence = data.seen_in_training(trained_on, name)
+    assert found is seen
+    assert (sentence == "") == (seen is False) and sentence.count(". ") == 0
+    if sentence:
+        assert f"trained on {trained_on}, " in sentence and ("has seen" if seen else "may have seen") in sentence
+
+
 def test_mnist_matches_torchvision(mnist_folder):
     for split, is_train in zip(data.load("MNIST", mnist_folder), (True, False)):
         reference = torchvision.datasets.MNIST(mnist_folder, train=is_train)

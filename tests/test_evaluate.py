@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import bundled_digits, drop_capabilities, import_script, run_script, snapshot
+from PIL import Image
 
 import checkpoint
+import data
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_metrics_match_numpy_over_the_test_set(trained, evaluated):
     assert metrics["codes"] == 512
     assert abs(metrics["codes_used"] - len(counts)) <= 1                            # a latent may round to another code
     assert metrics["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
-    assert metrics["bits_per_pixel"] == 9 * 49 / 784
+    assert metrics["bits_per_dimension"] == 9 * 49 / 784
     assert metrics["images"] == 1000 and metrics["dataset"] == "MNIST-10k"
 
 
@@ -50,7 +52,7 @@ def test_printed_table_matches_the_json(evaluated):
     assert metrics["model"] in stdout and "1,000" in stdout and "MNIST-10k" in stdout and "out.json" in stdout
     rows = dict(re.findall(r"^(\w[\w ]+?) {2,}([\d.]+)  ", stdout, flags=re.MULTILINE))
     names = {"test MSE": "mse", "PSNR": "psnr", "codebook loss": "codebook_loss", "perplexity": "perplexity",
-             "codes used": "codes_used", "bits per pixel": "bits_per_pixel"}
+             "codes used": "codes_used", "bits per dimension": "bits_per_dimension"}
     assert set(rows) == set(names)
     for row, name in names.items():
         decimals = len(rows[row].partition(".")[2])
@@ -60,8 +62,51 @@ def test_printed_table_matches_the_json(evaluated):
 def test_evaluate_accepts_another_data_set(trained, mnist_folder, tmp_path):
     result = run_script("evaluate.py", "--model", trained / "models" / "run" / "best.pt", "--dataset", "MNIST",
                         "--data-folder", mnist_folder, cwd=tmp_path)
-    assert result.returncode == 0 and "200 test images of MNIST" in result.stdout
+    assert result.returncode == 0 and "200 test images of MNIST\ntest MSE" in result.stdout    # it has seen MNIST-10k
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_the_model_has_seen_are_not_called_a_test(mnist_folder, monkeypatch, capsys, tmp_path):
+    """The shipped model was trained on MNIST, of which MNIST-10k is a part."""
+    monkeypatch.chdir(tmp_path)
+    script = import_script("evaluate.py")
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *given: [data.Images(*part[:100]) for part in load(*given)])
+    script.main(["--dataset", "MNIST-10k", "--json", "seen.json"])
+    output = capsys.readouterr().out
+    assert "100 images of MNIST-10k\nThe model was trained on MNIST, " in output and "has seen these images" in output
+    assert re.search(r"^MSE ", output, flags=re.MULTILINE) and "test images" not in output and "test MSE" not in output
+    script.main(["--dataset", "MNIST", "--data-folder", str(mnist_folder), "--json", "new.json"])
+    output = capsys.readouterr().out
+    assert "test images of MNIST" in output and re.search(r"^test MSE ", output, flags=re.MULTILINE)
+    assert "trained on" not in output
+    assert [json.loads((tmp_path / name).read_text())["seen_in_training"] for name in ("seen.json", "new.json")] == [
+        True, False]
+
+
+def test_pairs_are_written_under_the_policy_of_all_outputs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *given: [data.Images(*part[:64]) for part in load(*given)])
+    script = import_script("evaluate.py")
+    monkeypatch.setattr(script, "NUM_SAMPLES", 20)
+    prior = str(checkpoint.PRETRAINED.with_name("prior.pt"))
+    words = ["--dataset", "MNIST-10k", "--pairs", "new/pairs.png"]
+    line = expect_usage_error(words, capsys)
+    assert "--pairs new/pairs.png: is used only with --prior" in line
+    words += ["--prior", prior]
+    script.main(words)
+    output = capsys.readouterr().out
+    assert "new/pairs.png" in output and "Copies of training images" in output
+    picture = np.array(Image.open("new/pairs.png").convert("L"))
+    assert picture.shape == (62, 302)                               # two rows of ten
+    digits = bundled_digits()[0][:64]
+    nearest = picture[32:60, 2:30]
+    assert (digits == nearest).all(axis=(1, 2)).any()               # the lower row: training images, unchanged
+    assert "--pairs new/pairs.png: exists, replace it with --overwrite" in expect_usage_error(words, capsys)
+    (tmp_path / "new" / "pairs.png").write_text("mine")
+    line = expect_usage_error([*words, "--overwrite"], capsys)
+    assert "--pairs new/pairs.png: exists and is not a PNG file" in line
 
 
 def expect_usage_error(arguments, capsys):

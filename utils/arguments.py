@@ -13,6 +13,7 @@ DATASETS = ("MNIST-10k", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-by
             "EMNIST-balanced", "EMNIST-letters", "EMNIST-digits", "EMNIST-mnist", "CIFAR10", "SVHN", "folder")
 # Sets of digits like MNIST's, on which the classifier can be trained.
 DIGIT_SETS = "MNIST-10k", "MNIST", "QMNIST", "EMNIST-digits", "EMNIST-mnist"
+ARCHITECTURES = "cnn", "transformer"            # of the classifier
 LEVELS, MAX_LEVELS, MAX_LEVELS_PRODUCT = "8,8,8", 1000, 2**20          # of finite scalar quantization
 MAX_FOLDERS, MAX_NAME = 20, 200         # of a name: file systems allow 255 bytes, temporary files add some
 

@@ -27,8 +27,9 @@ TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 TRACK_COLUMNS = {"epoch": "d", "step": "d", **{f"{split}_{loss}": ".5f" for split in ("train", "val", "test")
                                                for loss in ("recon", "codebook", "commit")},
                  "perplexity": ".1f", "used": "d", "restarts": "d", "seconds": ".1f"}
-PRIOR_COLUMNS = {"epoch": "d", "train_nats": ".4f", "val_nats": ".4f", "test_nats": ".4f", "bits_per_pixel": ".4f",
+PRIOR_COLUMNS = {"epoch": "d", "train_nats": ".4f", "val_nats": ".4f", "test_nats": ".4f", "bits_per_dimension": ".4f",
                  "seconds": ".1f"}
+FORMER_COLUMNS = {"bits_per_pixel": "bits_per_dimension"}       # of runs that an earlier version began
 # The rest fits into 80 characters.
 NOT_PRINTED = "step", *(f"{split}_{loss}" for split in ("train", "val", "test") for loss in ("codebook", "commit"))
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels
@@ -95,7 +96,8 @@ def track_header(columns, validation):
 
 def track_line(header, formats, values):
     """The line under a track's header: of values {name: number} those that it names, each in its format."""
-    return "  ".join(f"{values[name]:{formats[name]}}".rjust(len(name)) for name in header.split())
+    names = {name: FORMER_COLUMNS.get(name, name) for name in header.split()}
+    return "  ".join(f"{values[name]:{formats[name]}}".rjust(len(shown)) for shown, name in names.items())
 
 
 def track_row(track, epoch):
@@ -202,11 +204,11 @@ def log_hparams(writer, settings, figures):
         writer.add_scalar(tag, value)
 
 
-def log_prior(writer, epoch, nats, bits_per_pixel):
-    """Nats per code on each set, {name: number}, and the test set's in bits per pixel."""
+def log_prior(writer, epoch, nats, bits_per_dimension):
+    """Nats per code on each set, {name: number}, and the test set's in bits per dimension."""
     for split, value in nats.items():
         writer.add_scalar(f"prior/{split}", value, epoch)
-    writer.add_scalar("prior/bits_per_pixel", bits_per_pixel, epoch)
+    writer.add_scalar("prior/bits_per_dimension", bits_per_dimension, epoch)
 
 
 def log_classifier(writer, epoch, train_loss, accuracy):
