@@ -1,7 +1,8 @@
 """Benchmarks against the usual implementation and the machine's limit: python3 benchmarks/speed.py [PART ...]
 
-Parts: training, quantizer, quality, sampling, limit. The candidates of a part are measured alternately, each in its own
-process, except for quality, which runs one training after the other. With --device cuda all of it is measured there.
+Parts: training, quantizer, quality, sampling, limit, profile (a training step, operation by operation). The candidates
+of a part are measured alternately, each in its own process, except for quality, which runs one training after the
+other. With --device cuda all of it is measured there.
 """
 
 import sys
@@ -16,7 +17,7 @@ if __name__ == "__main__":
 
 from utils import arguments, cli
 
-PARTS = "training", "quantizer", "quality", "sampling", "limit"
+PARTS = "training", "quantizer", "quality", "sampling", "limit", "profile"
 
 
 def get_parser():
@@ -45,6 +46,7 @@ import threading
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter, itemgetter
 
 import baseline
 import torch
@@ -72,6 +74,7 @@ RECIPES = {
                    "--restart-after 100",
 }
 MATMUL_SIZE = 2048              # side of the square matrices whose product gives the machine's peak rate
+PROFILED_STEPS, LEAST_SHARE = 10, 0.01      # of a step's time, from which on an operation is listed
 MAX_TIME_RATIO = 40             # limit for the published recipe, relative to the recommended one: it may never arrive
 
 
@@ -259,7 +262,43 @@ def limit(args):
              "MFLOP_per_image": round(per_image / 1e6, 1), "share_of_limit": round(training_rate / matmul_rate, 2)}]
 
 
-MEASURE = dict(zip(PARTS, (training, quantizer, quality, sampling, limit)))
+# ---------------------------------------------------------------- where the time goes
+
+def make_profile(device):
+    """→ a function → {operation: milliseconds of a training step}, with one thread on a CPU."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    trainer, batches = prepare_training(load_script(), ["--dataset", "MNIST-10k", "--device", device], Trainer)
+    model, optimizer, time_of = trainer.model, trainer.optimizer, attrgetter(
+        "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total")
+    x = data.to_model_range(batches.train_set[:trainer.args.batch_size][0], device)
+
+    def step():
+        optimizer.zero_grad()
+        vqvae_losses(x, model(x), beta=1.0).total.backward()
+        optimizer.step()
+
+    def measure():
+        with torch.profiler.profile() as profiler:
+            for _ in range(PROFILED_STEPS):
+                step()
+        return {event.key: time_of(event) / 1e3 / PROFILED_STEPS for event in profiler.key_averages()}
+    step()          # K-means runs in the first one
+    return measure
+
+
+def profile(args):
+    worker = Worker(make_profile, args.device)
+    rounds = run_rounds({"eager": worker}, args.rounds)["eager"]
+    worker.close()
+    medians = {name: statistics.median(found.get(name, 0) for found in rounds) for name in rounds[0]}
+    total = sum(medians.values())
+    rows = [{"what": name, "ms": round(ms, 1), "share": round(ms / total, 3)}
+            for name, ms in sorted(medians.items(), key=itemgetter(1), reverse=True) if ms >= LEAST_SHARE * total]
+    return [*rows, {"what": "all operations", "ms": round(total, 1), "share": 1.0}]
+
+
+MEASURE = dict(zip(PARTS, (training, quantizer, quality, sampling, limit, profile)))
 
 
 # ---------------------------------------------------------------- the report

@@ -70,7 +70,7 @@ def test_speed_script_measures_and_reports(device, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(data, "load", lambda *_: small_sets)
     monkeypatch.setattr(speed, "SIZES", [(392, 64)])
     monkeypatch.setattr(speed, "LARGEST_ON_GPU", (392, 128))
-    speed.main(["limit", "quantizer", "--rounds", "1", "--device", device, "--json", "speed.json"])
+    speed.main(["limit", "quantizer", "profile", "--rounds", "1", "--device", device, "--json", "speed.json"])
     output, report = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
     product, training = report["limit"]
     assert product["GFLOP_per_second"] > 0 and training["share_of_limit"] > 0
@@ -81,6 +81,9 @@ def test_speed_script_measures_and_reports(device, tmp_path, monkeypatch, capsys
     assert training["MFLOP_per_image"] == pytest.approx(expected, rel=0.01)
     assert {row["what"] for row in report["quantizer"]} >= {"this repository", "full matrix", "torch.cdist"}
     assert all(row["ms"] > 0 for row in report["quantizer"])
+    *operations, total = report["profile"]
+    assert {"aten::convolution_backward", "vector_quantizer::nearest"} & {row["what"] for row in operations}
+    assert 0.8 < sum(row["share"] for row in operations) <= 1.001 and total["ms"] > operations[0]["ms"] > 0
     for name, value in report["about"].items():
         assert f"{name} {value}" in output
     assert list(tmp_path.iterdir()) == [tmp_path / "speed.json"]
