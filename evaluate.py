@@ -298,7 +298,7 @@ def run(args):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "
                              f"classes are {', '.join(classes[:50])}, of {H}×{W} pixels")
         if dataset == data.FOLDER:
-            image_folder.keep_in_memory(test_set)           # which is looked at three times
+            image_folder.keep_in_memory(test_set, train_set)            # which are looked at more than once
     with cli.errors_name_flag(f"--model {path} --dataset", dataset):
         measured = measure_model(model, test_set, args)
     seen, note = data.seen_in_training(contents["dataset"]["name"], dataset)

@@ -135,7 +135,7 @@ def test_scripts_print_only_their_own_lines_about_a_thousand_odd_files(odd, tmp_
     assert left_out.startswith(f"Left out of {folder}, {len(headless)} that Pillow cannot read: ")
     found = [re.match(r"(\d+) of (\d+) images cannot be used, the next image of the set was taken instead: ", line)
              for line in replaced]
-    assert all(found) and len(found) == 2
+    assert all(found) and len(found) == 3
     unusable, total = (sum(int(match[i]) for match in found) for i in (1, 2))
     assert (unusable, total) == (len(files - usable - headless), len(files - headless))
 

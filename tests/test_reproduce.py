@@ -100,7 +100,7 @@ def test_claim_changed_by_hand_is_found_and_written_anew(repository, capsys):
     former = (repository / "docs" / "results.md").read_text(), (repository / "model.txt").read_text()
     reproduce.main(["--check"])
     replace_in(repository / "docs" / "results.md", "| `--beta 2` | 0.0099 | 328 |", "| `--beta 2` | 0.0089 | 328 |")
-    replace_in(repository / "model.txt", "PSNR             27.65 dB", "PSNR             27.56 dB")
+    replace_in(repository / "model.txt", "PSNR                 27.65 dB", "PSNR                 27.56 dB")
     capsys.readouterr()
     assert exit_status(["--check"]) == 1
     output = capsys.readouterr().out
