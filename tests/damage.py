@@ -172,8 +172,9 @@ def inconsistent_contents(contents, rng):
 def entry_damages(contents, rng):
     """{kind: function → contents or bytes, or None} of damage to entries of the checkpoint."""
     paths = key_paths(contents)
-    number_paths = [path for path in paths if path[0] in ("config", "dataset") or path[:2] in (
-        ("training", "settings"), ("training", "progress"))] or paths
+    # A huge number of epochs is no damage: the run would take them.
+    number_paths = [path for path in paths if path[-1] != "num_epochs" and (path[0] in ("config", "dataset") or path[
+        :2] in (("training", "settings"), ("training", "progress")))] or paths
     tensor_paths = [path for path in paths if path[0] == "model" and len(path) > 1] or paths
 
     def edited(paths, *edits):
@@ -184,8 +185,7 @@ def entry_damages(contents, rng):
     return {
         "other value": lambda: edited(paths, set_value),
         "other number": lambda: edited(number_paths, set_value),
-        # A huge number of epochs is no damage: the run would take them.
-        "huge number": lambda: edited([path for path in number_paths if path[-1] != "num_epochs"], set_huge_number),
+        "huge number": lambda: edited(number_paths, set_huge_number),
         "other tensor": lambda: edited(tensor_paths, change_tensor),
         "missing key": lambda: edited(paths, delete_key),
         "additional key": lambda: edited(paths, add_key),
