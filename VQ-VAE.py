@@ -148,7 +148,7 @@ def train(trainer, batches):
 
         validation, _ = evaluate_on(trainer, batches.validation, "validating")
         test, test_counts = evaluate_on(trainer, batches.test, "testing")            # nothing is chosen by it
-        losses = {"test": test} if validation is None else {"validation": validation, "test": test}
+        losses = {"validation": validation, "test": test} if args.validation_images else {"test": test}
         trainer.save_epoch(validation and validation.reconstruction,
                            {name: split_losses._asdict() for name, split_losses in losses.items()})
         if distributed.is_main_process():

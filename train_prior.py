@@ -115,7 +115,7 @@ def train(trainer, maps, vqvae, bits_per_nat):
 
         validation_nats = calibrate_and_evaluate(prior, maps, args.validation_images)
         test_nats = nats_per_code(prior, maps.test, maps.test_labels)                # nothing is chosen by it
-        bits, losses = test_nats * bits_per_nat, {} if validation_nats is None else {"validation": validation_nats}
+        bits, losses = test_nats * bits_per_nat, {"validation": validation_nats} if args.validation_images else {}
         losses["test"] = test_nats
         figures = {name: {"nats_per_code": value} for name, value in losses.items()}
         figures["test"]["bits_per_dimension"] = bits

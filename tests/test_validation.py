@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import bundled_digits, expect_usage_error, import_script, run_script
+from helpers import bundled_digits, events, expect_usage_error, import_script, run_script
 from PIL import Image
 
 import checkpoint
@@ -102,6 +102,8 @@ def test_run_from_before_validation_images_resumes_as_it_began(mnist_folder, tmp
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     best, last = (checkpoint.load(run / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 1 and last["training"]["settings"]["validation_images"] is None
+    assert "validation" not in best and not any("validation" in tag for tag in events(
+        folders[1] / "logs" / "run").Tags()["scalars"])
     assert "Lowest test reconstruction loss: " in result.stdout and "to validate" not in result.stdout
     assert (run / "track.txt").read_text().splitlines()[0] == (
         folders[0] / "models" / "run" / "track.txt").read_text().splitlines()[0]
