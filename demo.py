@@ -60,7 +60,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from utils import files, inputs
+from utils import files, inputs, speed
 from utils.demo_session import ANY, Demo
 
 try:
@@ -330,6 +330,7 @@ def serve(args):
     device = inputs.find_device(args.device)
     if device == "cpu":
         torch.set_num_threads(1)        # several visitors are answered at once, each on a core
+    speed.share_freed_memory()
     page = build(args.model or files.typed_path(checkpoint.PRETRAINED), args.prior, device)
     page.launch(server_name=args.host, server_port=args.port, quiet=True, prevent_thread_lock=True)
     try:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8        # of glibc's malloc.h
 MEASURE_SECONDS, MIN_ROUNDS = 2, 4          # to find out whether bfloat16 is faster
 FASTER = 0.9                # of float32's time: bfloat16 has to take less than that
 BF16_CUDA_CAPABILITY = 8, 0         # of Ampere, the first GPUs with bfloat16 units
@@ -19,10 +19,22 @@ def keep_freed_memory():
 
     Otherwise megabytes are returned to the system at every step, and fetched again page by page.
     """
+    _mallopt(M_MMAP_THRESHOLD, 2**25)               # the largest value allowed
+    _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def share_freed_memory():
+    """Let the threads of a server take memory from two heaps of glibc. To be called before they start.
+
+    Otherwise each has a heap of its own, and does not use what the others have freed.
+    """
+    _mallopt(M_ARENA_MAX, 2)
+
+
+def _mallopt(setting, value):
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**25)            # the largest value allowed
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(setting, value)
 
 
 def memory_format(device):
