@@ -35,6 +35,8 @@ def get_parser():
 
 def check_arguments(parser, args):
     """End with an error if arguments contradict each other."""
+    if args.json and args.pairs and Path(args.json).resolve() == Path(args.pairs).resolve():
+        parser.error(f"--json {args.json} --pairs {args.pairs}: choose another name for one of them")
     if not args.json and not args.pairs:
         parser.check_unused(args, ("overwrite",), "is used only with --json or --pairs, add one of them")
     if not args.prior:
@@ -61,7 +63,8 @@ from utils import files, inputs
 from utils.memory import images_that_fit
 
 NUM_SAMPLES = 10_000            # equally many of each class
-COMPARED = 2_000                # images of each kind that are compared with the training images
+COMPARED = 2_000                # images of each kind that are compared with the training images, of large ones
+COMPARED_BYTES, LEAST_COMPARED = 2**25, 100         # as many as have so many bytes, but not less than so many images
 
 
 def measure_model(model, test_set, args):
@@ -106,7 +109,8 @@ def table(measured, is_test):
 
 def open_classifiers(args, are_digits):
     """{path: classifier}: the one that the arguments name, else the shipped ones. Empty if the images are no digits."""
-    shipped = [files.typed_path(path) for path in checkpoint.CLASSIFIERS if path.exists()]
+    first, *others = checkpoint.CLASSIFIERS
+    shipped = [files.typed_path(path) for path in (first, *others) if path == first or path.exists()]
     paths = [args.classifier] if args.classifier else shipped
     if are_digits:
         return {str(path): _open_classifier(path, args.device) for path in paths}
@@ -157,12 +161,13 @@ def measure_copies(model, maps, train_set, test_set, args):
     """
     generator = torch.Generator().manual_seed(args.seed)
     batch_size = images_that_fit(*test_set.shape[1:], model.quantizer.dim)
-    rows = copies.evenly(train_set.labels, COMPARED)
+    count = min(COMPARED, max(LEAST_COMPARED, COMPARED_BYTES // math.prod(test_set.shape)))
+    rows = copies.evenly(train_set.labels, count)
     originals = _images(Subset(train_set, rows.tolist()), args)
-    images = {"test_set": _images(Subset(test_set, copies.evenly(test_set.labels, COMPARED).tolist()), args)}
+    images = {"test_set": _images(Subset(test_set, copies.evenly(test_set.labels, count).tolist()), args)}
     for name in ("samples", "reconstructions"):
         indices, labels = maps[name]
-        images[name] = _decode(model, indices[copies.evenly(labels, COMPARED)])
+        images[name] = _decode(model, indices[copies.evenly(labels, count)])
     images["noisy_copies"] = copies.noisy_shifted(originals, generator)
     images["reconstructed_copies"] = _decode(model, code_maps.encode(
         model, [(batch, None) for batch in images["noisy_copies"].split(batch_size)], args.device))
@@ -297,6 +302,9 @@ def run(args):
         if (classes, [H, W]) != (test_set.classes, test_set.shape[1:]):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "
                              f"classes are {', '.join(classes[:50])}, of {H}×{W} pixels")
+        if classifiers and len(test_set) <= samples.NEIGHBOURS:
+            raise ValueError(f"--dataset {dataset}: precision and recall take more than {samples.NEIGHBOURS} test "
+                             f"images, and there are {len(test_set)}")
         if dataset == data.FOLDER:
             image_folder.keep_in_memory(test_set, train_set)            # which are looked at more than once
     with cli.errors_name_flag(f"--model {path} --dataset", dataset):

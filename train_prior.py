@@ -158,15 +158,22 @@ def calibrate_and_evaluate(prior, maps, validation_images):
     """Calibrate the prior on the validation maps. → its nats per code on them, or None if there are none
 
     validation_images: None of runs that began before any were held out, in which the test maps take their place; those
-    are calibrated on training maps.
+    are calibrated on training maps, if that lowers their nats.
     """
     if maps.validation is None:
         return None
     held_out = maps.validation, maps.validation_labels
-    calibrated_on = held_out if validation_images else (maps.train[0, :OLD_CALIBRATION_MAPS],
-                                                        maps.train_labels[:OLD_CALIBRATION_MAPS])
-    prior.calibrate(*calibrated_on, maps_that_fit(prior))
-    return nats_per_code(prior, *held_out)
+    if validation_images:
+        prior.calibrate(*held_out, maps_that_fit(prior))
+        return nats_per_code(prior, *held_out)
+    prior.tail.zero_()
+    plain, N = nats_per_code(prior, *held_out), len(maps.train_labels)
+    rows = torch.linspace(0, N - 1, min(OLD_CALIBRATION_MAPS, N)).long()
+    prior.calibrate(maps.train[0, rows], maps.train_labels[rows], maps_that_fit(prior))
+    calibrated = nats_per_code(prior, *held_out)
+    if calibrated >= plain:
+        prior.tail.zero_()
+    return min(plain, calibrated)
 
 
 def log_samples(trainer, vqvae, epoch):

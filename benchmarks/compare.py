@@ -49,6 +49,7 @@ LEFT_OUT = {"num_workers", "output_folder", "overwrite", "resume", "save_every",
 CHOSEN_BY = "val_recon", "test_recon"
 SHOWN = "val_recon", "test_recon", "perplexity", "used"
 PRIOR_CHOSEN_BY = "val_nats", "test_nats"
+FORMER_COLUMN = "bits_per_pixel"            # of the tracks of priors from before there were validation images
 FORMATS = {"val_recon": ".5f", "test_recon": ".5f", "perplexity": ".1f", "test_nats": ".4f"}      # others as integers
 
 
@@ -110,8 +111,9 @@ def folders_of_runs(folder):
     Raises ValueError if there is none.
     """
     folder = Path(folder)
-    beside = folder.resolve().parent.with_name("models") / folder.resolve().name
-    for path in (folder, beside):
+    above = folder.resolve().parent
+    beside = [above.with_name("models") / folder.resolve().name] if above.name else []          # not below the root
+    for path in (folder, *beside):
         if (path / ARGUMENTS).is_file() and (path / TRACK).is_file():
             return [path.resolve()]
     found = [path.parent.resolve() for path in sorted(folder.rglob(ARGUMENTS)) if (path.parent / TRACK).is_file()]
@@ -142,7 +144,9 @@ def figures_of(run):
                **{name: last.get(name) for name in SHOWN},
                "seconds": sum(row.get("seconds") or 0 for row in run.track)}
     if run.prior_track:
-        best = best_epoch(run.prior_track, PRIOR_CHOSEN_BY)
+        # Without validation images the last epoch is kept, but for runs of earlier versions.
+        chosen = "val_nats" in run.prior_track[0] or FORMER_COLUMN in run.prior_track[0]
+        best = best_epoch(run.prior_track, PRIOR_CHOSEN_BY) if chosen else run.prior_track[-1]
         figures |= {"prior's best epoch": best["epoch"], "prior's test_nats": best.get("test_nats")}
     return {title: value for title, value in figures.items() if value is not None}
 

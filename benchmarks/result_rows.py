@@ -98,7 +98,8 @@ COMPLETED = {f"{figure} {kept} rows": f"rows.{kept}.{key}" for kept in range(8) 
 
 # ---------------------------------------------------------------- the rows
 
-TRAIN, LOWEST = "python3 VQ-VAE.py", "--batch-size 64 --lr 4e-3 --lr-schedule onecycle --beta 0.1 --restart-after 100"
+TRAIN, ALL_IMAGES = "python3 VQ-VAE.py", "--validation-images 0"
+LOWEST = "--batch-size 64 --lr 4e-3 --lr-schedule onecycle --beta 0.1 --restart-after 100"
 RECOMMENDED = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema --restart-after 100"
 BUNDLED = "--dataset MNIST-10k --batch-size 32 --lr 4e-3 --beta 0.25"
 COLOUR = ("--dataset folder --data-folder cifar10 --image-size 32 --hidden-size 64 --batch-size 64 --lr 2e-3 "
@@ -113,29 +114,31 @@ CODEBOOKS = [(init, restart, update) for restart in (0, 20) for init in ("unifor
              for update in ("gradient", "ema")]
 
 ROWS = [
-    Row("published", "results", f"{TRAIN} --codebook-init uniform --restart-after 0 --output-folder published",
-        TRAINED, 11, SEEDS),
-    Row("defaults", "results", f"{TRAIN} --output-folder defaults", TRAINED, 11, SEEDS),
-    Row("EMA", "results", f"{TRAIN} --codebook-update ema --output-folder ema", TRAINED, 11, SEEDS),
-    Row("lowest loss", "results", f"{TRAIN} {LOWEST} --output-folder lowest", TRAINED, 13, SEEDS),
-    Row("recommended", "results", f"{TRAIN} {RECOMMENDED} --output-folder recommended",
+    Row("published", "results",
+        f"{TRAIN} --codebook-init uniform --restart-after 0 {ALL_IMAGES} --output-folder published", TRAINED, 11,
+        SEEDS),
+    Row("defaults", "results", f"{TRAIN} {ALL_IMAGES} --output-folder defaults", TRAINED, 11, SEEDS),
+    Row("EMA", "results", f"{TRAIN} --codebook-update ema {ALL_IMAGES} --output-folder ema", TRAINED, 11, SEEDS),
+    Row("lowest loss", "results", f"{TRAIN} {LOWEST} {ALL_IMAGES} --output-folder lowest", TRAINED, 13, SEEDS),
+    Row("recommended", "results", f"{TRAIN} {RECOMMENDED} {ALL_IMAGES} --output-folder recommended",
         TRAINED | {"mse epoch 1": "epochs.0.test_recon"}, 13),
 
     Row("MNIST-10k", "bundled digits", f"{TRAIN} {BUNDLED} --output-folder MNIST-10k", TRAINED, 3,
         dataset="MNIST-10k"),
     Row("uniform", "bundled digits",
-        f"{TRAIN} {BUNDLED} --codebook-init uniform --restart-after 0 --output-folder uniform", TRAINED, 3,
+        f"{TRAIN} {BUNDLED} --codebook-init uniform --restart-after 0 {ALL_IMAGES} --output-folder uniform", TRAINED, 3,
         dataset="MNIST-10k"),
 
     *(Row(f"codebook {init} {restart} {update}", "codebook",
-          f"{TRAIN} --num-epochs 3 --codebook-init {init} --restart-after {restart} --codebook-update {update}",
-          TRAINED, 4) for init, restart, update in CODEBOOKS),
+          f"{TRAIN} --num-epochs 3 {ALL_IMAGES} --codebook-init {init} --restart-after {restart} "
+          f"--codebook-update {update}", TRAINED, 4) for init, restart, update in CODEBOOKS),
 
-    Row("three epochs", "settings", f"{TRAIN} {LOWEST} --num-epochs 3", TRAINED, 4),
-    Row("three epochs EMA", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 --codebook-update ema", TRAINED, 4),
-    *(Row(f"{flag} {value}", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 --{flag} {value}", TRAINED, 4)
+    Row("three epochs", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 {ALL_IMAGES}", TRAINED, 4),
+    Row("three epochs EMA", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 {ALL_IMAGES} --codebook-update ema", TRAINED,
+        4),
+    *(Row(f"{flag} {value}", "settings", f"{TRAIN} {LOWEST} --num-epochs 3 {ALL_IMAGES} --{flag} {value}", TRAINED, 4)
       for flag, values in SETTINGS.items() for value in values),
-    Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 --output-folder defaults-30", LONG, 33),
+    Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 {ALL_IMAGES} --output-folder defaults-30", LONG, 33),
 
     Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | OTHERS | COPIES, 7,
         given=True),

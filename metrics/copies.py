@@ -12,6 +12,7 @@ each direction, since after a single pixel another digit is as near as the origi
 help: a little noise and a shift move a copy farther in them than other images of its class are.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def nearest_images(images, batches, device="cpu", bar=None):
     batches: of (uint8 training images (B, C, H, W), labels). The distance to a training image is that to the nearest of
     its SHIFTS. If there are less than n of them, the last one is repeated. bar is advanced by update(B).
     """
-    queries = reduced(images.to(device))                              # (N, F)
+    parts = images.split(items_that_fit(math.prod(images.shape[1:])))
+    queries = torch.cat([reduced(part.to(device)) for part in parts])                 # (N, F)
     squares = queries.square().sum(dim=1, keepdim=True)               # (N, 1)
     best = queries.new_full((len(queries), NEIGHBOURS), torch.inf)    # squared distances
     rows = torch.zeros(best.shape, dtype=torch.int64, device=device)

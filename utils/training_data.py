@@ -27,8 +27,13 @@ def hold_out(args, train_set, test_set):
     """
     if args.resume and args.validation_images is None:
         return train_set, test_set
-    with errors_name_flag("--validation-images", args.validation_images):
-        train_set, validation_set = data.hold_out(train_set, args.validation_images)
+    count, processes = args.validation_images, distributed.world_size()
+    if count is None and len(train_set) // data.VALIDATION_PART < processes:
+        count = 0                               # too few for each process to have one
+    with errors_name_flag("--validation-images", count):
+        train_set, validation_set = data.hold_out(train_set, count)
+        if validation_set and len(validation_set) < processes:
+            raise ValueError(f"{processes} processes share them: hold out as many at least, or none")
     args.validation_images = len(validation_set or ())
     return train_set, validation_set
 
