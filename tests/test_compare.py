@@ -27,6 +27,17 @@ def table(output):
     return [dict(zip(header, row)) for row in rows]
 
 
+def test_prior_without_validation_images_is_that_of_the_last_epoch():
+    track = [{"epoch": 1, "test_nats": 2.0}, {"epoch": 2, "test_nats": 2.5}]
+    figures = compare.figures_of(compare.Run("a", {}, [{"epoch": 1, "test_recon": 0.1}], track))
+    assert (figures["prior's best epoch"], figures["prior's test_nats"]) == (2, 2.5)
+
+
+def test_folder_below_the_root_is_searched():
+    with pytest.raises(ValueError, match="there is no run of VQ-VAE"):
+        compare.folders_of_runs("/no such folder")
+
+
 def test_seeds_are_put_together_as_mean_and_standard_deviation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed, (error, used) in enumerate([(0.1, 500), (0.2, 506), (0.4, 512)]):
@@ -34,7 +45,7 @@ def test_seeds_are_put_together_as_mean_and_standard_deviation(tmp_path, monkeyp
                   save_every=seed)
     write_run(tmp_path / "models" / "b", [(0.3, 0.7, 200, 40), (0.4, 0.6, 100, 39.5)], beta=0.25)
     (tmp_path / "models" / "b" / "prior-track.txt").write_text(
-        "epoch  train_nats  test_nats\n    1  3.0  2.5\n    2  2.0  2.25\n    3  1.0  2.75\n")
+        "epoch  train_nats  test_nats  bits_per_pixel\n1  3.0  2.5  0.2\n2  2.0  2.25  0.2\n3  1.0  2.75  0.2\n")
     compare.main(["--csv", "table.csv"])
     together, alone = table(capsys.readouterr().out)
     assert (together["run"], together["seed"], together["--beta"]) == ("a0, a1, a2", "0, 1, 2", "1.0")

@@ -119,10 +119,10 @@ def test_table_that_is_no_longer_there_is_found(repository):
 
 def test_figures_of_another_command_are_found(repository):
     path = repository / "docs" / "results" / "defaults.json"
-    replace_in(path, "VQ-VAE.py --output-folder", "VQ-VAE.py --lr 1e-3 --output-folder")
+    replace_in(path, "VQ-VAE.py --validation", "VQ-VAE.py --lr 1e-3 --validation")
     assert documents.check_documents(repository) == [
-        "docs/results/defaults.json has the figures of another command, python3 VQ-VAE.py --lr 1e-3 --output-folder "
-        "defaults: measure 'defaults' anew"]
+        "docs/results/defaults.json has the figures of another command, python3 VQ-VAE.py --lr 1e-3 "
+        "--validation-images 0 --output-folder defaults: measure 'defaults' anew"]
 
 
 def test_figures_are_shown_with_the_digits_and_the_deviation_that_fit():
