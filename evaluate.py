@@ -64,7 +64,7 @@ from utils.memory import images_that_fit
 
 NUM_SAMPLES = 10_000            # equally many of each class
 COMPARED = 2_000                # images of each kind that are compared with the training images, of large ones
-COMPARED_BYTES, LEAST_COMPARED = 2**25, 100         # as many as have so many bytes, but not less than so many images
+COMPARED_BYTES, LEAST_COMPARED = 2**25, 100         # as many as have so many bytes, but not fewer than so many images
 
 
 def measure_model(model, test_set, args):

@@ -168,8 +168,8 @@ def train_prior(args, path):
         run_script(args.folder, [*words, "--resume"])
     prior, contents = checkpoint.load_prior(path.with_name("prior.pt"), path)
     test = contents["test"]
-    return {"nats_per_map": test["nats_per_code"] * prior.height * prior.width,     # older files: the former name
-            "bits_per_dimension": test["bits_per_dimension" if "bits_per_dimension" in test else "bits_per_pixel"]}
+    return {"nats_per_map": test["nats_per_code"] * prior.height * prior.width,
+            "bits_per_dimension": test["bits_per_dimension"]}
 
 
 # ---------------------------------------------------------------- the seconds of a step

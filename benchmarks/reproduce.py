@@ -2,8 +2,8 @@
 
 NAME is a table or a row of --list; without any, all of them run, which takes a day. Interrupted, the same command goes
 on where it was. For each row FOLDER/results/ROW.json has everything that was measured. Exits with status 1 if a figure
-parts from that of the documents by more than the tolerance of its kind (KINDS in result_rows.py), or if a document does
-not show what docs/results/*.json, the source of its tables, gives.
+differs from that of the documents by more than the tolerance of its kind (KINDS in result_rows.py), or if a document
+does not show what docs/results/*.json, the source of its tables, gives.
 """
 
 import sys
@@ -145,7 +145,7 @@ def tolerance_of(row, figure, measured, claimed):
 
 
 def compare(args, rows):
-    """Print each figure that has been measured beside that of the documents. → where they part, as sentences"""
+    """Print each figure that has been measured beside that of the documents. → where they differ, as sentences"""
     claims, problems, lines = documents.Figures(ROOT / documents.FOLDER), [], []
     with cli.errors_name_flag("--folder", args.folder):
         records = [Record(row, args.folder) for row in rows if (args.folder / "results" / f"{row.slug}.json").exists()]
@@ -174,7 +174,7 @@ def text_of(figure, value):
 
 
 def difference(row, figure, measured, claimed):
-    """A sentence if a measured figure parts from that of the documents, or None."""
+    """A sentence if a measured figure differs from that of the documents, or None."""
     allowed = tolerance_of(row, figure, measured, claimed)
     if abs(measured["mean"] - claimed["mean"]) <= allowed:
         return None

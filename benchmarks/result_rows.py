@@ -1,6 +1,6 @@
 """What reproduce.py runs: for each row of the documents' tables its command, and the figures to take from its output.
 
-A figure's path leads through the output: of a training {"epochs": [a line of its track as {column: number}, …]}, of
+A figure's path is its place in the output: of a training {"epochs": [a line of its track as {column: number}, …]}, of
 evaluate.py and the other scripts the JSON that they write. The tables themselves are in result_tables.py.
 """
 

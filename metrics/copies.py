@@ -54,7 +54,7 @@ def nearest_images(images, batches, device="cpu", bar=None):
     """The Nearest training images of each of uint8 images (N, C, H, W), by an exact search.
 
     batches: of (uint8 training images (B, C, H, W), labels). The distance to a training image is that to the nearest of
-    its SHIFTS. If there are less than n of them, the last one is repeated. bar is advanced by update(B).
+    its SHIFTS. If there are fewer than n of them, the last one is repeated. bar is advanced by update(B).
     """
     parts = images.split(items_that_fit(math.prod(images.shape[1:])))
     queries = torch.cat([reduced(part.to(device)) for part in parts])                 # (N, F)

@@ -112,7 +112,6 @@ def frechet_distance(one, other):
     return (difference.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
 
 
-
 def standard_error(share, count):
     """The standard error of a share of `count` independent images.
 
