@@ -14,17 +14,34 @@ TAIL_KNOTS = 12         # of its calibration, at the log-probabilities −TAIL_F
 BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of float32, whatever K and T
 
 
+class GatedMLP(nn.Module):
+    """An MLP of which each hidden value is multiplied by another one's SiLU: SwiGLU (Shazeer 2020, equation 6).
+
+    As many weights as in a plain MLP with 4·E hidden values: (..., E) → (..., E).
+    """
+
+    def __init__(self, embedding):
+        super().__init__()
+        hidden = 16 * max(1, round(8 * embedding / 3 / 16))             # multiples of 16 are computed fastest
+        self.values_gates = nn.Linear(embedding, 2 * hidden)
+        self.project = nn.Linear(hidden, embedding)
+
+    def forward(self, x):
+        values, gates = self.values_gates(x).chunk(2, dim=-1)
+        return self.project(values * F.silu(gates))
+
+
 class Block(nn.Module):
     """Causal self-attention and an MLP, each on normalised inputs and with a skip: (B, T, E) → (B, T, E)."""
 
-    def __init__(self, embedding, heads, dropout):
+    def __init__(self, embedding, heads, dropout, gated):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.perceptron_norm = nn.LayerNorm(embedding), nn.LayerNorm(embedding)
         self.queries_keys_values = nn.Linear(embedding, 3 * embedding)
         self.project = nn.Linear(embedding, embedding)
-        self.perceptron = nn.Sequential(nn.Linear(embedding, 4 * embedding), nn.SiLU(),
-                                        nn.Linear(4 * embedding, embedding))
+        self.perceptron = GatedMLP(embedding) if gated else nn.Sequential(
+            nn.Linear(embedding, 4 * embedding), nn.SiLU(), nn.Linear(4 * embedding, embedding))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cache=None, position=None):
@@ -51,12 +68,13 @@ class CodePrior(nn.Module):
     that there is none, and the codes before t. In training a class is dropped with probability drop_label, so that one
     model learns both distributions (classifier-free guidance, Ho and Salimans 2022). Maps of shifted images may be
     trained on as well: every position also sees which of num_shifts it is, 0 for the image as it is, so that the shifts
-    teach which codes go together and are never sampled (distribution augmentation, Jun et al. 2020). Raises ValueError
-    if a size is below 1, or heads do not divide the width.
+    teach which codes go together and are never sampled (distribution augmentation, Jun et al. 2020). gated: whether
+    the MLPs are gated, as train_prior.py has them; the first priors had plain ones. Raises ValueError if a size is
+    below 1, or heads do not divide the width.
     """
 
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
-                 dropout=0.1, drop_label=0.1, num_shifts=1):
+                 dropout=0.1, drop_label=0.1, num_shifts=1, gated=False):
         super().__init__()
         if min(num_codes, height, width, num_classes, num_shifts, layers, embedding, heads) < 1 or embedding % heads:
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
@@ -69,7 +87,7 @@ class CodePrior(nn.Module):
         self.code_embedding = nn.Embedding(num_codes, embedding)
         self.positions = nn.Parameter(torch.zeros(height * width, embedding))
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(embedding, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(embedding, heads, dropout, gated) for _ in range(layers))
         self.norm = nn.LayerNorm(embedding)
         self.head = nn.Linear(embedding, num_codes)
         # Added to the logits, linearly between the knots; the first number, 0, to those above the tail.

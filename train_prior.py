@@ -255,7 +255,8 @@ def build_trainer(args, files, source, saved=None):
     (h, w), classes = source.vqvae.map_size(*source.shape[1:]), source.train_set.classes
     config = {"num_codes": source.vqvae.quantizer.num_codes, "height": h, "width": w, "num_classes": len(classes),
               "layers": args.layers, "embedding": args.width, "heads": args.heads, "dropout": args.dropout,
-              "drop_label": args.drop_label, "num_shifts": len(offsets_up_to(args.shift))}
+              "drop_label": args.drop_label, "num_shifts": len(offsets_up_to(args.shift)),
+              "gated": saved is None or saved["config"].get("gated", False)}        # the first priors were not
     metadata = {"format": checkpoint.FORMAT, "kind": "prior", "config": config,
                 "vqvae": source.sha256, "dataset": source.dataset}
     if classes != list(data.DIGITS):

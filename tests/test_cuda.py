@@ -69,7 +69,7 @@ def test_training_step_equals_that_of_the_cpu(settings):
 
 def test_prior_has_the_same_probabilities_and_samples():
     torch.manual_seed(0)
-    prior = CodePrior(64, 7, 7, layers=2, embedding=32, heads=2, num_shifts=9).eval()
+    prior = CodePrior(64, 7, 7, layers=2, embedding=32, heads=2, num_shifts=9, gated=True).eval()
     torch.nn.init.normal_(prior.head.weight, std=0.2)
     maps, labels = torch.randint(64, (50, 7, 7)), torch.arange(50) % 10
     probabilities, sampled = [], []

@@ -34,7 +34,8 @@ def small_prior(model):
     """A prior with random weights that are far from uniform, and a calibration."""
     torch.manual_seed(0)
     h, w = model.map_size(28, 28)
-    config = {"num_codes": model.quantizer.num_codes, "height": h, "width": w, "layers": 1, "embedding": 12, "heads": 2}
+    config = {"num_codes": model.quantizer.num_codes, "height": h, "width": w, "layers": 1, "embedding": 12, "heads": 2,
+              "gated": True}
     prior = CodePrior(**config).eval()
     for parameter in prior.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)

@@ -57,7 +57,8 @@ def model(quantizer="vq", **settings):
 
 MODELS = {"gradient": model(codebook_init="uniform"), "ema": model(codebook_init="uniform", codebook_update="ema"),
           "no restarts": model(codebook_init="uniform", restart_after=0), "fsq": model("fsq", levels="4,4,4")}
-PRIOR = CodePrior(K, 7, 7, num_classes=10, layers=2, embedding=16, heads=2, dropout=0.1, num_shifts=9)
+PRIOR = CodePrior(K, 7, 7, num_classes=10, layers=2, embedding=16, heads=2, dropout=0.1, num_shifts=9,
+                  gated=True)
 CLASSIFIER = DigitClassifier()
 
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prior import CodePrior, sample_codes
+from prior import CodePrior, GatedMLP, sample_codes
 
 pytestmark = pytest.mark.rounding
 
 
-def make_prior(num_codes=3, height=2, width=2, **kwargs):
+def make_prior(num_codes=3, height=2, width=2, gated=True, **kwargs):
     """A small prior with large random weights, so that its logits depend on codes and label."""
     torch.manual_seed(0)
-    prior = CodePrior(num_codes, height, width, num_classes=4, layers=2, embedding=16, heads=2, **kwargs)
+    prior = CodePrior(num_codes, height, width, num_classes=4, layers=2, embedding=16, heads=2,
+                      gated=gated, **kwargs)
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -25,6 +26,18 @@ def make_prior(num_codes=3, height=2, width=2, **kwargs):
 
 def all_maps():
     return torch.tensor(list(itertools.product(range(3), repeat=4))).view(81, 2, 2)
+
+
+def test_gated_mlp_matches_its_equation_in_float64():
+    torch.manual_seed(0)
+    mlp, x = GatedMLP(12), torch.randn(3, 5, 12)
+    W, V = mlp.values_gates.weight.double().split(32)           # 8/3 of 12 values
+    b, c = mlp.values_gates.bias.double().split(32)
+    gates = x.double() @ V.T + c
+    expected = (x.double() @ W.T + b) * gates / (1 + (-gates).exp()) @ mlp.project.weight.double().T
+    torch.testing.assert_close(mlp(x).double(), expected + mlp.project.bias.double(), rtol=1e-5, atol=1e-6)
+    plain, gated = (sum(p.numel() for p in make_prior(gated=value).blocks.parameters()) for value in (False, True))
+    assert abs(gated / plain - 1) < 0.1
 
 
 @pytest.mark.parametrize("label", [None, 0, 3])

@@ -15,6 +15,7 @@ import checkpoint
 import data
 from data.code_maps import CodeMaps, offsets_up_to, shift_images
 from metrics.classifier import DigitTransformer
+from prior import CodePrior, GatedMLP
 from utils.memory import samples_that_fit
 
 SMALL_FLAGS = ("--dataset", "MNIST-10k", "--layers", "1", "--width", "32", "--heads", "4", "--num-epochs", "2",
@@ -296,6 +297,27 @@ def test_resumed_run_of_an_earlier_version_keeps_the_header_of_its_track(folder,
     assert columns["epoch"].tolist() == [1, 2, 3]
     assert columns["bits_per_pixel"][2] == pytest.approx(1.5 * 49 / math.log(2) / 784, abs=1e-4)
     assert columns["bits_per_pixel"][:2].tolist() == track(folder)["bits_per_dimension"].tolist()
+
+
+def test_resumed_run_of_an_earlier_version_keeps_its_plain_mlps(folder, tmp_path, monkeypatch):
+    """Its configuration does not say whether they are gated. New ones are."""
+    (tmp_path / "models" / "run").mkdir(parents=True)
+    shutil.copy(folder / "models" / "run" / "best.pt", tmp_path / "models" / "run")
+    monkeypatch.chdir(tmp_path)
+    script = import_script("train_prior.py")
+    flags = "--model", "models/run/best.pt", "--sample-every", "0", "--num-epochs"
+    monkeypatch.setattr(script, "nats_per_code", lambda *_: 1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "CodePrior", lambda gated, **config: CodePrior(**config))
+        script.main([*SMALL_FLAGS, *flags, "1"])
+    contents = torch.load("models/run/prior-last.pt", weights_only=True)
+    del contents["config"]["gated"]
+    checkpoint.save("models/run/prior-last.pt", contents)
+    script.main(["--resume", *flags, "2"])
+    prior, contents = checkpoint.load_prior("models/run/prior-last.pt", "models/run/best.pt")
+    assert contents["epoch"] == 2 and isinstance(prior.blocks[0].perceptron, torch.nn.Sequential)
+    prior, contents = checkpoint.load_prior(folder / "models" / "run" / "prior.pt", "models/run/best.pt")
+    assert contents["config"]["gated"] and isinstance(prior.blocks[0].perceptron, GatedMLP)
 
 
 def test_overwrite_replaces_only_the_prior_and_its_logs(folder, mnist_folder, tmp_path):
