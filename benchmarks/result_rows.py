@@ -83,16 +83,22 @@ PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_dimension"
 JUDGED = "recognised", "frechet", "precision", "recall"
 SAMPLES = {figure: f"prior.samples.{figure}" for figure in JUDGED[:2]}
 # Shares are shown with their standard errors.
-OTHERS = {f"{figure} {name}": f"prior.{part}.{figure}" for figure in JUDGED for name, part in (
-    ("reconstructions", "reconstructions"), ("noise", "random"), ("test set", "test_set"))}
-OTHERS |= {figure: f"prior.samples.{figure}" for figure in JUDGED}
-OTHERS |= {f"error {figure} {name}": f"prior.{part}.{figure}_error" for figure in JUDGED if figure != "frechet"
-           for name, part in (("samples", "samples"), ("reconstructions", "reconstructions"), ("noise", "random"),
-                              ("test set", "test_set"))}
+JUDGED_IMAGES = {"samples": "samples", "reconstructions": "reconstructions", "noise": "random", "test set": "test_set"}
+
+
+def judgements(judge, place):
+    """The figures of all images by one classifier, whose name their names end with; the place is that in the output."""
+    found = {f"{figure} {name}{judge}": f"{place}.{part}.{figure}" for figure in JUDGED
+             for name, part in JUDGED_IMAGES.items()}
+    return found | {f"error {name}": f"{path}_error" for name, path in found.items() if "frechet" not in name}
+
+
+BOTH = judgements("", "prior") | judgements(" by the transformer", "prior.second_classifier")
 COPIES = {f"{figure} {name}": f"prior.copies.{part}.{key}" for figure, key in (
     ("copies", "flagged"), ("error copies", "flagged_error"), ("ratio", "median_ratio")) for name, part in (
     ("samples", "samples"), ("reconstructions", "reconstructions"), ("planted", "noisy_copies"),
     ("planted reconstructed", "reconstructed_copies"), ("test set", "test_set"))}
+ACCURACY = {"accuracy": "epochs.-1.test_accuracy"}
 COMPLETED = {f"{figure} {kept} rows": f"rows.{kept}.{key}" for kept in range(8) for figure, key in (
     ("read", "share"), ("error", "error"))}
 
@@ -140,19 +146,21 @@ ROWS = [
       for flag, values in SETTINGS.items() for value in values),
     Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 {ALL_IMAGES} --output-folder defaults-30", LONG, 33),
 
-    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | OTHERS | COPIES, 7,
+    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | BOTH | COPIES, 7,
         given=True),
     *(Row(flags, "samples", f"{EVALUATE} --prior pretrained/prior.pt --{flags}", SAMPLES, 7, given=True)
       for flags in SAMPLING),
     Row("completions", "samples", COMPLETE, COMPLETED, 2, given=True),
-    Row("classifier", "samples", "python3 train_classifier.py", {"accuracy": "epochs.-1.test_accuracy"}, 20),
+    Row("classifier", "samples", "python3 train_classifier.py", ACCURACY, 20),
+    Row("classifier transformer", "samples", "python3 train_classifier.py --architecture transformer "
+        "--output classifier-transformer --num-epochs 15 --batch-size 64 --lr 1.5e-3", ACCURACY, 50),
 
     # The shipped files made again, from nothing: the prior of the row "recommended", and its samples.
     Row("prior", "pipeline", "python3 train_prior.py --model models/recommended/best.pt --amp", {}, 360,
         after=("recommended",)),
     Row("pipeline samples", "pipeline",
         f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt",
-        MODEL | PRIOR | SAMPLES | OTHERS | COPIES, 7, after=("recommended", "prior")),
+        MODEL | PRIOR | SAMPLES | BOTH | COPIES, 7, after=("recommended", "prior")),
     *(Row(f"pipeline {flags}", "pipeline",
           f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt --{flags}", SAMPLES, 7,
           after=("recommended", "prior")) for flags in SAMPLING),

@@ -26,7 +26,7 @@ from utils.interruptions import StopSignals
 ROOT = Path(__file__).resolve().parents[1]
 # Of a training's folder its state and its track; and how many epochs it has by default.
 TRAININGS = {"VQ-VAE.py": ("last.pt", "track.txt", 10), "train_prior.py": ("prior-last.pt", "prior-track.txt", 40),
-             "train_classifier.py": ("classifier-last.pt", "classifier-track.txt", 10)}
+             "train_classifier.py": ("{}-last.pt", "{}-track.txt", 10)}      # of its --output
 SAVE_EVERY = 500                # steps, for a machine that loses its power
 POLL_SECONDS, STOP_SECONDS = 0.2, 120
 
@@ -68,9 +68,14 @@ class Run:
     def is_training(self):
         return self.script in TRAININGS
 
+    def files(self):
+        """The paths of a training's state and of its track."""
+        name = self.word_after("--output") or "classifier"
+        return [self.models / file.format(name) for file in TRAININGS[self.script][:2]]
+
     def is_finished(self):
         """Whether a training's last save is of its end. Raises ValueError if that file is damaged."""
-        last = self.models / TRAININGS[self.script][0]
+        last, _ = self.files()
         if self.script == "VQ-VAE.py":
             contents = checkpoint.load(last)
         elif self.script == "train_prior.py":
@@ -90,7 +95,7 @@ class Run:
             flags = ["--json", str(self.json.resolve()), "--overwrite"]
             if self.script == "benchmarks/quantizers.py":       # which goes on by itself, and has a file of its own
                 flags = []
-        elif not (self.models / TRAININGS[self.script][0]).exists():
+        elif not self.files()[0].exists():
             flags = ["--save-every", str(SAVE_EVERY), "--overwrite"]
         elif not self.is_finished():
             flags = ["--save-every", str(SAVE_EVERY), "--resume"]
@@ -101,8 +106,8 @@ class Run:
     def progress(self):
         """How far the run is: the epochs done and to do, of a training that has begun; else 0 and 1."""
         with suppress(OSError, ValueError, KeyError):
-            _, track, epochs = TRAININGS[self.script]
-            return len(read_track(self.models / track)), int(self.word_after("--num-epochs") or epochs)
+            epochs = self.word_after("--num-epochs") or TRAININGS[self.script][2]
+            return len(read_track(self.files()[1])), int(epochs)
         return 0, 1
 
     def describe(self):
@@ -118,10 +123,10 @@ class Run:
         """What the run has measured, for ROW.json. seconds: of a command that is no training, or None."""
         environments = [environment("cpu") | {"threads": "1"}]
         if self.is_training:
-            output = {"epochs": read_track(self.models / TRAININGS[self.script][1])}
+            output = {"epochs": read_track(self.files()[1])}
             seconds = sum(epoch["seconds"] for epoch in output["epochs"])
         else:
-            output = json.loads(self.json.read_text())
+            output = json.loads(self.json.read_text().replace(f'"{ROOT}{os.sep}', '"'))     # paths of shipped files
             output.pop("model", None)               # its path is of this machine
         if self.script == "VQ-VAE.py":              # which records the changes
             environments = json.loads((self.models / "args.json").read_text())["environments"]

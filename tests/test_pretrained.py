@@ -106,7 +106,7 @@ def test_pretrained_prior_and_classifiers_are_those_in_model_txt():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
     _, contents = checkpoint.load_prior(PRIOR, checkpoint.PRETRAINED)
     assert contents["dataset"] == "MNIST" and contents["test"]["nats_per_code"] <= 2.05
-    assert recorded("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=5e-5)
+    assert recorded("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=2e-4)
     for path in classifiers:
         _, contents = checkpoint.load_classifier(path)
         assert contents["dataset"] == "MNIST" and contents["test"]["accuracy"] >= 0.99

@@ -39,7 +39,7 @@ def test_frechet_distance_matches_the_symmetric_root_formula():
 def test_frechet_distance_of_identical_and_shifted_sets():
     features = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     features[:, 3] = 0                                                       # a feature that never fires
-    assert abs(samples.frechet_distance(features, features)) < 1e-4
+    assert 0 <= samples.frechet_distance(features, features) < 1e-4
     assert samples.frechet_distance(features, features + 3) == pytest.approx(8 * 9, rel=1e-4)
 
 
