@@ -65,6 +65,7 @@ from utils.memory import images_that_fit
 NUM_SAMPLES = 10_000            # equally many of each class
 COMPARED = 2_000                # images of each kind that are compared with the training images, of large ones
 COMPARED_BYTES, LEAST_COMPARED = 2**25, 100         # as many as have so many bytes, but not fewer than so many images
+PAIR_SIDE = 84                  # pixels, to which the images in the picture of pairs are enlarged
 
 
 def measure_model(model, test_set, args):
@@ -155,9 +156,9 @@ def measure_copies(model, maps, train_set, test_set, args):
     """How many images are copies of training images, by kind, as a plain dictionary; the closest pairs of samples.
 
     threshold is the ratio of metrics.copies.ratios() that a hundredth of the test images are below, flagged the share
-    of images below it. Of each kind up to COMPARED images are taken, evenly over the classes. Beside samples, test
-    images and their reconstructions there are true copies, to show that they are found: training images with noise,
-    moved by a pixel, and what the model makes of these.
+    of images below it, closest the ratios of the samples in the pairs. Of each kind up to COMPARED images are taken,
+    evenly over the classes. Beside samples, test images and their reconstructions there are true copies, to show that
+    they are found: training images with noise, moved by a pixel, and what the model makes of these.
     """
     generator = torch.Generator().manual_seed(args.seed)
     batch_size = images_that_fit(*test_set.shape[1:], model.quantizer.dim)
@@ -183,8 +184,15 @@ def measure_copies(model, maps, train_set, test_set, args):
     figures = {name: {"images": len(one), "median_ratio": one.median().item(),
                       **_share("flagged", (one < threshold).double().mean().item(), len(one))}
                for name, one in ratios.items()}
-    return ({"threshold": threshold, **figures},
-            copies.closest_pairs(images["samples"], nearest["samples"], train_set))
+    pairs = copies.closest_pairs(images["samples"], nearest["samples"], train_set)
+    closest = ratios["samples"].sort().values[:len(pairs) // 2].tolist()
+    return {"threshold": threshold, "closest": closest, **figures}, pairs
+
+
+def draw_pairs(pairs):
+    """Images (2·n, C, H, W), n samples and their nearest training images, as a picture of two rows (3, ...)."""
+    scale = max(1, PAIR_SIDE // pairs.shape[-1])
+    return data.grid(pairs, len(pairs) // 2).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def _images(dataset, args):
@@ -316,12 +324,15 @@ def run(args):
     if args.prior:
         figures["prior"], pairs = measure_prior(model, prior, classifiers, train_set, test_set, args)
         print(f"\n{prior_path}\n{prior_table(figures['prior'], 'images' if seen else 'test set')}")
-        written["--pairs"] = image_file.as_png(data.grid(pairs, len(pairs) // 2))
+        written["--pairs"] = image_file.as_png(draw_pairs(pairs))
     written["--json"] = (json.dumps(figures, indent=2, allow_nan=False) + "\n").encode()
     for flag, output in outputs.items():
         with cli.errors_name_flag(flag, output.path):
             output.write(written[flag])
         print(f"{'as JSON' if flag == '--json' else 'closest pairs':<20}{output.path}")
+        if flag == "--pairs":
+            closest = ", ".join(f"{ratio:.3f}" for ratio in figures["prior"]["copies"]["closest"])
+            print(f"{'':<20}above the samples, below the nearest training images; ratios {closest}")
 
 
 def main(argv=None):

@@ -161,7 +161,10 @@ def compare(args, rows):
             if claimed and (problem := difference(record.row, figure, measured, claimed)):
                 problems.append(problem)
                 lines[-1] += ("differs",)
-    print_columns([("row", "figure", "measured", "documents"), *lines] if lines else [])
+    if lines:
+        print_columns([("row", "figure", "measured", "documents"), *lines])
+    else:
+        print(f"Nothing has been measured in {args.folder}.")
     return problems
 
 
@@ -228,7 +231,7 @@ def run(args):
     failed = {} if args.check else measure(args, rows)
     different, stale = compare(args, rows), documents.check_documents(ROOT)
     print("\n".join(["", *different, *stale] if different or stale else [
-        "The documents show what docs/results gives, and nothing that was measured differs from it."]))
+        "The documents show what docs/results gives, and no figure that was measured differs from it."]))
     if failed:
         name, why = next(iter(failed.items()))
         raise ValueError(f"{len(failed)} of the rows failed; {name!r}: {why}")
