@@ -72,7 +72,8 @@ TABLES = [
         "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per dimension; {shipped:recognised:.2%} of "
         "10,000 samples recognised, Fréchet distance {shipped:frechet:.2f} in the classifier's features |",
         "| `pretrained/classifier.pt`, `classifier-transformer.pt` (0.6 MB each) | the classifiers used to score "
-        "samples | {shipped:recognised test set:.2%} and {shipped:recognised test set by the transformer:.2%} accuracy |",
+        "samples | {shipped:recognised test set:.2%} and {shipped:recognised test set by the transformer:.2%} "
+        "accuracy |",
         "| `pretrained/vqvae-cifar10.pt` (1.4 MB) | VQ-VAE for [colour "
         "photographs](docs/own-images.md#photographs-cifar-10) of 32×32 pixels | CIFAR-10 instead: "
         "MSE {CIFAR-10 shipped:mse:.4f}, PSNR {CIFAR-10 shipped:psnr:.1f} dB, {CIFAR-10 shipped:used:.0f} codes used "
