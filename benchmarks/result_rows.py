@@ -5,6 +5,7 @@ evaluate.py and the other scripts the JSON that they write. The tables themselve
 """
 
 import re
+from math import inf
 from typing import NamedTuple
 
 
@@ -45,6 +46,10 @@ KINDS = {
     "accuracy": Kind("accuracy", ".2%", (0, 0.0005), (0, 0.0005)),
     "read": Kind("read as the true digit", ".1%", (0, 0.016), (0, 0.03)),
     "error": Kind("standard error", ".2%", (0, 0.001), (0, 0.003)),
+    # Two rates may be equally good, and times and ranges differ from machine to machine and from run to run.
+    "rate": Kind("learning rate", "g", (0, inf), (0, inf)),
+    "range": Kind("half the range of the MSE", ".5f", (0, inf), (0, inf)),
+    "ms": Kind("milliseconds a step", ".1f", (0, inf), (0, inf)),
 }
 
 
@@ -101,6 +106,11 @@ COPIES = {f"{figure} {name}": f"prior.copies.{part}.{key}" for figure, key in (
 ACCURACY = {"accuracy": "epochs.-1.test_accuracy"}
 COMPLETED = {f"{figure} {kept} rows": f"rows.{kept}.{key}" for kept in range(8) for figure, key in (
     ("read", "share"), ("error", "error"))}
+QUANTIZERS = ("published codebook", "without restarts", "without K-means", "VQ, gradient", "VQ, EMA", "FSQ",
+              "VQ, cosine similarity", "VQ, rotation trick", "SimVQ", "BSQ", "residual VQ, 16 × 32")
+COMPARED = {f"{figure} {name}": f"table.{name}.{key}" for name in QUANTIZERS for figure, key in (
+    ("rate", "rate"), ("mse", "mse"), ("range", "half_range"), ("perplexity", "perplexity"), ("used", "used"),
+    ("nats", "nats_per_map"), ("bits", "bits_per_dimension"), ("ms", "milliseconds"))}
 
 # ---------------------------------------------------------------- the rows
 
@@ -176,5 +186,5 @@ ROWS = [
     Row("CIFAR-10 shipped", "photographs", f"{EVALUATE} --model pretrained/vqvae-cifar10.pt", MODEL, 3,
         dataset="CIFAR-10", given=True),
 
-    Row("quantizers", "quantizers", "python3 benchmarks/quantizers.py", {}, 900),
+    Row("quantizers", "quantizers", "python3 benchmarks/quantizers.py", COMPARED, 540),
 ]

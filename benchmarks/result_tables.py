@@ -6,7 +6,7 @@ A field {row:figure:form} is a figure of docs/results/ROW.json. The form is one 
 
 from typing import NamedTuple
 
-from result_rows import CODEBOOKS, ROWS, SETTINGS, THREE_EPOCHS
+from result_rows import CODEBOOKS, QUANTIZERS, ROWS, SETTINGS, THREE_EPOCHS
 
 
 class Table(NamedTuple):
@@ -53,6 +53,16 @@ def judged(judge=""):
             shares[1:] = "100 %", "100 %"
         lines.append(f"| {title} | {shares[0]} | {{shipped:frechet {name}{judge}:.2f}} | {shares[1]} | {shares[2]} |")
     return lines
+
+
+def quantizer(name):
+    """A line on one quantizer of the row "quantizers"."""
+    def figure(kind, form):
+        return f"{{quantizers:{kind} {name}:{form}}}"
+
+    cells = [figure("rate", "g"), f"{figure('mse', '.4f')} ± {figure('range', '.4f')}", figure("perplexity", ".0f"),
+             figure("used", ".0f"), figure("nats", ".1f"), figure("bits", ".3f"), figure("ms", ".0f")]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 SETTINGS_HEADER = "| settings | command | test MSE | perplexity | codes used |"
@@ -127,6 +137,10 @@ TABLES = [
     Table("docs/sampling.md", "Complete an image", "| rows kept | read as the true digit |", [
         f"| {kept} of 7 | {{completions:read {kept} rows:.1%}} ± {{completions:error {kept} rows:.1%}} |"
         for kept in range(8)]),
+
+    Table("docs/quantizers.md", "Quantizers side by side",
+          "| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
+          [quantizer(name) for name in QUANTIZERS]),
 
     Table("docs/own-images.md", "Photographs: CIFAR-10", "| on the 10,000 test images | |", [
         "| MSE, reconstruction | {CIFAR-10 pipeline:mse:.4f} on the [−1, 1] scale, PSNR "

@@ -2,7 +2,8 @@
 
 codes.png and samples.png show the shipped model and prior. digits-by-epoch.png, digits-by-epoch.gif and losses.png are
 drawn from the logs of one run, and code-use.png from the logs of two: one with the published codebook (uniform, no
-restarts) and one with the codebook of this repository (K-means and restarts).
+restarts) and one with the codebook of this repository (K-means and restarts). quantizers.png shows what
+benchmarks/quantizers.py has measured.
 """
 
 import sys
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 
 from utils import cli
 
-LOGS = Path("logs_VQ-VAE")      # in the repository
+LOGS, QUANTIZERS = Path("logs_VQ-VAE"), Path("docs/results/quantizers.json")            # in the repository
 
 
 def get_parser():
@@ -28,6 +29,8 @@ def get_parser():
                              ("--ours", "defaults", "logs of a run with the same flags except these two")):
         parser.add_argument(flag, type=Path, default=ROOT / LOGS / name, metavar="PATH",
                             help=f"{what} (default: {LOGS / name} of the repository)")
+    parser.add_argument("--quantizers", type=Path, default=ROOT / QUANTIZERS, metavar="PATH",
+                        help=f"figures to draw quantizers.png from (default: {QUANTIZERS} of the repository)")
     parser.add_argument("--folder", type=Path, default=Path("readme_images"), metavar="PATH",
                         help="folder to write the pictures to, created if need be (default: %(default)s)")
     return parser
@@ -37,12 +40,13 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before the rest is imported, which takes seconds
 
 import io
+import json
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -281,6 +285,35 @@ def draw_code_use(published, ours):
     return figure
 
 
+@matplotlib.rc_context(CURVES)
+def draw_quantizers(figures):
+    """The error of each quantizer against the nats of its prior. figures: {name: those of a line of the table}."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    panel = figure.subplots()
+    nats = [of["nats_per_map"] for of in figures.values()]
+    for name, of in figures.items():
+        position, is_right = (of["nats_per_map"], of["mse"]), of["nats_per_map"] > (min(nats) + max(nats)) / 2
+        panel.errorbar(*position, yerr=of["half_range"], color=BLUE, marker="o", capsize=3)
+        panel.annotate(name, position, xytext=(-6 if is_right else 6, 4), textcoords="offset points",
+                       ha="right" if is_right else "left")
+    panel.set(xlabel="nats a map of a short prior, on the test set (fewer: easier to model)",
+              ylabel="test MSE on [−1, 1] (log scale)", yscale="log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    return figure
+
+
+def read_quantizers(path):
+    """{name: figures} of the run in a file of docs/results. Raises ValueError if it has none."""
+    try:
+        [run] = json.loads(path.read_text())["runs"]
+        return run["output"]["table"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--quantizers {path}: not what benchmarks/reproduce.py has measured of the row quantizers "
+                         f"({cli.describe_error(error)})") from error
+
+
 # ---------------------------------------------------------------- main
 
 def draw(args):
@@ -290,7 +323,8 @@ def draw(args):
     _, test_set = data.load("MNIST-10k", "MNIST")
     pictures = {"codes.png": draw_codes(model, test_set.images[list(TEST_DIGITS)]),
                 "samples.png": draw_samples(model, prior), "digits-by-epoch.png": digits_by_epoch(run)}
-    figures = {"losses.png": draw_losses(run), "code-use.png": draw_code_use(published, ours)}
+    figures = {"losses.png": draw_losses(run), "code-use.png": draw_code_use(published, ours),
+               "quantizers.png": draw_quantizers(read_quantizers(args.quantizers))}
     first, *others = digits_as_frames(run)
     with cli.errors_name_flag("--folder", args.folder):
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 import checkpoint
 
 PICTURES = ROOT / "readme_images"
-NAMES = {"codes.png", "samples.png", "digits-by-epoch.png", "digits-by-epoch.gif", "losses.png", "code-use.png"}
+NAMES = {"codes.png", "samples.png", "digits-by-epoch.png", "digits-by-epoch.gif", "losses.png", "code-use.png",
+         "quantizers.png"}
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,15 @@ def test_dead_code_counts_match_the_committed_runs():
         assert used_label == f"{used} codes used" and dead_label.startswith(f"{512 - used} dead code")
 
 
+def test_quantizers_are_drawn_where_their_figures_are():
+    script = import_script("docs/figures.py")
+    figures = script.read_quantizers(ROOT / script.QUANTIZERS)
+    panel, = script.draw_quantizers(figures).axes
+    drawn = {tuple(line.get_data()[i].item() for i in (0, 1)) for line in panel.lines if line.get_marker() == "o"}
+    assert drawn == {(of["nats_per_map"], of["mse"]) for of in figures.values()} and len(drawn) == 11
+    assert [text.get_text() for text in panel.texts] == list(figures) and panel.get_yscale() == "log"
+
+
 # ---------------------------------------------------------------- the script
 
 def test_default_logs_are_independent_of_the_working_directory(tmp_path, monkeypatch):
@@ -254,6 +264,15 @@ def test_missing_logs_error_names_the_flag(trained, tmp_path, monkeypatch, capsy
         captured = capsys.readouterr()
         assert excinfo.value.code == 2 and f"{flag} {path}" in captured.err and captured.err.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+def test_file_without_figures_of_quantizers_gets_one_line(tmp_path, capsys):
+    (tmp_path / "of-another-row.json").write_text('{"runs": [{"output": {}}]}')
+    for name in ("missing.json", "of-another-row.json"):
+        with pytest.raises(SystemExit) as excinfo:
+            import_script("docs/figures.py").main(["--quantizers", str(tmp_path / name), "--folder", str(tmp_path)])
+        line = capsys.readouterr().err
+        assert excinfo.value.code == 2 and f"--quantizers {tmp_path / name}" in line and line.count("\n") == 1
 
 
 def test_unwritable_folder_error_names_the_flag(trained, tmp_path, capsys):

@@ -68,6 +68,13 @@ def test_committed_figures_are_those_of_their_runs():
             record.count_figures()
 
 
+def test_quantizers_of_the_table_are_those_of_the_benchmark():
+    import quantizers
+    assert result_rows.QUANTIZERS == quantizers.NAMES
+    line = {"rate", "mse", "half_range", "perplexity", "used", "nats_per_map", "bits_per_dimension", "milliseconds"}
+    assert {path.split(".")[-1] for path in result_rows.COMPARED.values()} == line
+
+
 def test_every_figure_has_a_kind_and_every_field_a_row():
     names = {row.name: row for row in result_rows.ROWS}
     for row in result_rows.ROWS:
