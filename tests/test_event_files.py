@@ -71,6 +71,26 @@ def test_unfinished_last_record_of_a_killed_run_is_cut_without_a_word(tmp_path, 
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("epoch_images, position, kept", [
+    (300, 450, {"loss/train/total": [150, 300, 450], "lr": [150, 300, 450], "loss/test/total": [300],
+                "codebook/used": [1]}),
+    (1, 15, {"loss/train/total": [5, 10, 15], "lr": [5, 10, 15], "loss/test/total": [1], "codebook/used": [1]}),
+], ids=["images", "steps"])
+def test_what_is_logged_after_the_last_whole_epoch_goes_on_either_axis(epoch_images, position, kept, tmp_path):
+    """The run was killed in its second epoch, with the third line of the training losses saved, and all logged."""
+    with SummaryWriter(tmp_path) as writer:
+        for line in range(1, 5):
+            for tag in ("loss/train/total", "lr"):
+                writer.add_scalar(tag, line, line * position // 3)
+        for epoch in (1, 2):
+            writer.add_scalar("loss/test/total", epoch, epoch * epoch_images)
+            writer.add_scalar("codebook/used", epoch, epoch)
+        writer.add_scalar("at_end/test_mse", 1, 1)
+    event_files.truncate_logs(tmp_path, position, epoch_images, epoch=1)
+    run = events(tmp_path)
+    assert {tag: [event.step for event in run.Scalars(tag)] for tag in run.Tags()["scalars"]} == kept
+
+
 def test_clock_that_was_set_back_does_not_change_the_order(tmp_path, monkeypatch):
     now = time.time()
     for start, seconds_later in ((10, 0), (20, -5000), (30, -9000), (40, -9000), (50, 3)):

@@ -164,11 +164,11 @@ def test_two_classifiers_have_files_of_their_own_and_records_name_no_path_of_the
     assert [[path.name for path in pair] for pair in files] == [
         ["classifier-last.pt", "classifier-track.txt"],
         ["classifier-transformer-last.pt", "classifier-transformer-track.txt"]]
-    run = run_rows.Run(by_name["shipped"], 0, tmp_path, tmp_path)
+    run, classifier = run_rows.Run(by_name["shipped"], 0, tmp_path, tmp_path), ROOT / "pretrained" / "a.pt"
     run.json.parent.mkdir()
-    run.json.write_text(json.dumps({"model": "/x", "prior": {"classifier": str(ROOT / "pretrained" / "a.pt")}}))
-    output = run.result(1.0)["output"]
-    assert output == {"prior": {"classifier": os.path.join("pretrained", "a.pt")}}
+    for path in (classifier, os.path.relpath(classifier, tmp_path)):                # the shorter one is written
+        run.json.write_text(json.dumps({"model": "/x", "prior": {"classifier": str(path), "recognised": 0.5}}))
+        assert run.result(1.0)["output"] == {"prior": {"classifier": "pretrained/a.pt", "recognised": 0.5}}
 
 
 def test_interrupted_rows_go_on_and_give_the_same_results(repository, mnist_folder, tmp_path, monkeypatch, capsys):

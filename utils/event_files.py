@@ -17,8 +17,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 from utils.files import remove_temporary_files, write_atomically
 
 PRIOR_SUFFIX, CLASSIFIER_SUFFIX = ".prior", ".classifier"       # of the event files of the two trainings
-# Tags that are logged within an epoch, and those of the losses after it, which share their x axis: the images seen, in
-# runs that an earlier version began steps and epochs. All others are logged by epoch.
+# Tags that are logged within an epoch, and those of the losses after it. Both have the images seen as x axis; in runs
+# that an earlier version began, the first have steps and the second epochs. All others are logged by epoch.
 IN_EPOCH, LOSSES = ("loss/train/", "lr"), "loss/"
 # Tags that are logged once: at the end of a run, or when its file is opened.
 LOGGED_ONCE = "at_end/", "best/", "final/", "_hparams_/", CONFIG_SUMMARY_TAG         # final/: of earlier versions
@@ -105,7 +105,7 @@ def remove_projector(folder):
 
 
 def truncate_logs(folder, position, evaluated, epoch, suffix=""):
-    """Remove what a run logged after an epoch, the last whole one, since it is about to do that again.
+    """Remove what a run logged after its last whole epoch, which it is about to do again.
 
     position, evaluated: the x of the last step that has been done, and of the losses after the last whole epoch.
     SummaryWriter's purge_step knows a single axis. What is logged at the end of a run is removed too, and what
