@@ -17,7 +17,7 @@ BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of f
 class GatedMLP(nn.Module):
     """An MLP of which each hidden value is multiplied by another one's SiLU: SwiGLU (Shazeer 2020, equation 6).
 
-    As many weights as in a plain MLP with 4·E hidden values: (..., E) → (..., E).
+    About as many weights as in a plain MLP with 4·E hidden values: (..., E) → (..., E).
     """
 
     def __init__(self, embedding):

@@ -54,7 +54,7 @@ def get_parser():
                         help=f"epochs of the trainings that are reported {shown}")
     parser.add_argument("--seeds", type=arguments.integer(1), default=3, metavar="N",
                         help=f"trainings that are reported, with the seeds 0, 1, … {shown}")
-    parser.add_argument("--prior-epochs", type=arguments.integer(1), default=4, metavar="N",
+    parser.add_argument("--prior-epochs", type=arguments.integer(1), default=2, metavar="N",
                         help=f"epochs of a prior {shown}")
     parser.add_argument("--dataset", type=arguments.one_of(*arguments.DIGIT_SETS), default="MNIST", metavar="NAME",
                         help=f"{', '.join(arguments.DIGIT_SETS)} {shown}")
@@ -163,7 +163,8 @@ def train_prior(args, path):
     words = ["train_prior.py", "--model", path.relative_to(args.folder), "--data-folder", args.data_folder.resolve()]
     last = path.with_name("prior-last.pt")
     if not last.exists():
-        run_script(args.folder, [*words, *PRIOR.split(), "--num-epochs", args.prior_epochs, "--save-every", 200])
+        run_script(args.folder, [*words, *PRIOR.split(), "--num-epochs", args.prior_epochs, "--save-every", 200,
+                                 "--overwrite"])
     elif checkpoint.load_prior(last, path)[1]["epoch"] < args.prior_epochs:
         run_script(args.folder, [*words, "--resume"])
     prior, contents = checkpoint.load_prior(path.with_name("prior.pt"), path)

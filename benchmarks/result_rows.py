@@ -86,8 +86,7 @@ MODEL = {"mse": "mse", "psnr": "psnr", "codebook": "codebook_loss", "perplexity"
          "bits": "bits_per_dimension"}
 PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_dimension"}
 JUDGED = "recognised", "frechet", "precision", "recall"
-SAMPLES = {figure: f"prior.samples.{figure}" for figure in JUDGED[:2]}
-# Shares are shown with their standard errors.
+SAMPLES = {f"{figure} samples": f"prior.samples.{figure}" for figure in JUDGED[:2]}
 JUDGED_IMAGES = {"samples": "samples", "reconstructions": "reconstructions", "noise": "random", "test set": "test_set"}
 
 
@@ -95,10 +94,11 @@ def judgements(judge, place):
     """The figures of all images by one classifier, whose name their names end with; the place is that in the output."""
     found = {f"{figure} {name}{judge}": f"{place}.{part}.{figure}" for figure in JUDGED
              for name, part in JUDGED_IMAGES.items()}
+    # Shares are shown with their standard errors.
     return found | {f"error {name}": f"{path}_error" for name, path in found.items() if "frechet" not in name}
 
 
-BOTH = judgements("", "prior") | judgements(" by the transformer", "prior.second_classifier")
+JUDGEMENTS = judgements("", "prior") | judgements(" by the transformer", "prior.second_classifier")
 COPIES = {f"{figure} {name}": f"prior.copies.{part}.{key}" for figure, key in (
     ("copies", "flagged"), ("error copies", "flagged_error"), ("ratio", "median_ratio")) for name, part in (
     ("samples", "samples"), ("reconstructions", "reconstructions"), ("planted", "noisy_copies"),
@@ -156,7 +156,7 @@ ROWS = [
       for flag, values in SETTINGS.items() for value in values),
     Row("thirty epochs", "long run", f"{TRAIN} --num-epochs 30 {ALL_IMAGES} --output-folder defaults-30", LONG, 33),
 
-    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | SAMPLES | BOTH | COPIES, 7,
+    Row("shipped", "samples", f"{EVALUATE} --prior pretrained/prior.pt", MODEL | PRIOR | JUDGEMENTS | COPIES, 7,
         given=True),
     *(Row(flags, "samples", f"{EVALUATE} --prior pretrained/prior.pt --{flags}", SAMPLES, 7, given=True)
       for flags in SAMPLING),
@@ -170,7 +170,7 @@ ROWS = [
         after=("recommended",)),
     Row("pipeline samples", "pipeline",
         f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt",
-        MODEL | PRIOR | SAMPLES | BOTH | COPIES, 7, after=("recommended", "prior")),
+        MODEL | PRIOR | JUDGEMENTS | COPIES, 7, after=("recommended", "prior")),
     *(Row(f"pipeline {flags}", "pipeline",
           f"{EVALUATE} --model models/recommended/best.pt --prior models/recommended/prior.pt --{flags}", SAMPLES, 7,
           after=("recommended", "prior")) for flags in SAMPLING),

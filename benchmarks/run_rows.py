@@ -26,7 +26,7 @@ from utils.interruptions import StopSignals
 ROOT = Path(__file__).resolve().parents[1]
 # Of a training's folder its state and its track; and how many epochs it has by default.
 TRAININGS = {"VQ-VAE.py": ("last.pt", "track.txt", 10), "train_prior.py": ("prior-last.pt", "prior-track.txt", 40),
-             "train_classifier.py": ("{}-last.pt", "{}-track.txt", 10)}      # of its --output
+             "train_classifier.py": ("{}-last.pt", "{}-track.txt", 10)}              # {} is its --output
 SAVE_EVERY = 500                # steps, for a machine that loses its power
 POLL_SECONDS, STOP_SECONDS = 0.2, 120
 
@@ -126,11 +126,21 @@ class Run:
             output = {"epochs": read_track(self.files()[1])}
             seconds = sum(epoch["seconds"] for epoch in output["epochs"])
         else:
-            output = json.loads(self.json.read_text().replace(f'"{ROOT}{os.sep}', '"'))     # paths of shipped files
+            output = self.with_short_paths(json.loads(self.json.read_text()))
             output.pop("model", None)               # its path is of this machine
         if self.script == "VQ-VAE.py":              # which records the changes
             environments = json.loads((self.models / "args.json").read_text())["environments"]
         return {"seed": self.seed, "seconds": round(seconds, 1), "environments": environments, "output": output}
+
+
+    def with_short_paths(self, value):
+        """The output of a script, in which the paths of models in this repository begin at its root."""
+        if isinstance(value, dict):
+            return {key: self.with_short_paths(part) for key, part in value.items()}
+        if isinstance(value, str) and value.endswith(".pt"):
+            path = (self.folder / value).resolve()
+            return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else value
+        return value
 
 
 class Script(subprocess.Popen):

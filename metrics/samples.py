@@ -110,7 +110,7 @@ def frechet_distance(one, other):
     covariances = [torch.cov(features.T) for features in (one, other)]
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
     distance = difference.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()
-    return max(0.0, distance.item())            # of equal sets it may be below 0 by rounding
+    return max(distance.item(), 0.0)            # of equal sets it may be below 0 by rounding
 
 
 def standard_error(share, count):

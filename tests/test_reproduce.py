@@ -164,6 +164,20 @@ def test_measured_figure_that_differs_names_file_and_table(repository, tmp_path,
     reproduce.main(["published", "--check"])
 
 
+def test_two_classifiers_have_files_of_their_own_and_records_name_no_path_of_the_machine(tmp_path):
+    by_name = {row.name: row for row in result_rows.ROWS}
+    files = [run_rows.Run(by_name[name], 0, tmp_path, tmp_path).files() for name in ("classifier",
+                                                                                      "classifier transformer")]
+    assert [[path.name for path in pair] for pair in files] == [
+        ["classifier-last.pt", "classifier-track.txt"],
+        ["classifier-transformer-last.pt", "classifier-transformer-track.txt"]]
+    run, classifier = run_rows.Run(by_name["shipped"], 0, tmp_path, tmp_path), ROOT / "pretrained" / "a.pt"
+    run.json.parent.mkdir()
+    for path in (classifier, os.path.relpath(classifier, tmp_path)):                # the shorter one is written
+        run.json.write_text(json.dumps({"model": "/x", "prior": {"classifier": str(path), "recognised": 0.5}}))
+        assert run.result(1.0)["output"] == {"prior": {"classifier": "pretrained/a.pt", "recognised": 0.5}}
+
+
 def test_interrupted_rows_go_on_and_give_the_same_results(repository, mnist_folder, tmp_path, monkeypatch, capsys):
     rows = [result_rows.Row("small", "small ones", f"{SMALL} --output-folder small", result_rows.TRAINED, 1, (0, 1)),
             result_rows.Row("other", "others", SMALL, result_rows.TRAINED, 1)]

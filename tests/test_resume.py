@@ -162,6 +162,29 @@ def test_signalled_run_resumes_bit_for_bit(run, signal_number, uninterrupted, ma
     assert_same_run(uninterrupted[run], folder)
 
 
+def kill_in_evaluation():
+    """The run is killed in its second epoch when all is logged, and the end of the epoch is not saved yet."""
+    add_track_line = trainer.Trainer.add_track_line
+
+    def log_then_kill(run, formats, values):
+        add_track_line(run, formats, values)
+        if values["epoch"] == 2:
+            run.writer.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.Trainer.add_track_line = log_then_kill
+
+
+@pytest.mark.parametrize("run", [VQVAE, PRIOR], ids=["vqvae", "prior"])
+def test_run_killed_between_logs_and_save_logs_no_epoch_twice(run, uninterrupted, make_folder, mnist_folder):
+    folder = make_folder(run)
+    result = run_script(*run, "--data-folder", mnist_folder, cwd=folder, prepare=kill_in_evaluation)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    resumed = run_script(*RESUME[run], cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(uninterrupted[run], folder)
+
+
 def test_changed_workers_and_save_interval_keep_the_result(uninterrupted, make_folder, mnist_folder):
     """Stopped in the second epoch, then resumed with more loader processes and another save interval."""
     folder = make_folder(VQVAE)

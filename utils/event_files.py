@@ -17,9 +17,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter, masked_crc32c
 from utils.files import remove_temporary_files, write_atomically
 
 PRIOR_SUFFIX, CLASSIFIER_SUFFIX = ".prior", ".classifier"       # of the event files of the two trainings
-# The tags of curves over the images seen; all others are logged by epoch. Earlier versions logged steps.
-BY_IMAGES = "loss/", "lr"
-BY_STEP = "loss/train/", "lr"
+# Tags that are logged within an epoch, and those of the losses after it. Both have the images seen as x axis; in runs
+# that an earlier version began, the first have steps and the second epochs. All others are logged by epoch.
+IN_EPOCH, LOSSES = ("loss/train/", "lr"), "loss/"
 # Tags that are logged once: at the end of a run, or when its file is opened.
 LOGGED_ONCE = "at_end/", "best/", "final/", "_hparams_/", CONFIG_SUMMARY_TAG         # final/: of earlier versions
 # All tags but "lr" begin with one of these. They tell a training's files from those of other programs.
@@ -104,10 +104,10 @@ def remove_projector(folder):
                 empty.rmdir()
 
 
-def truncate_logs(folder, position, epoch, suffix="", by_position=BY_IMAGES):
-    """Remove what a run logged after an epoch, which it is about to do again; of the tags that begin with one of
-    by_position, after a position on the x axis of its own.
+def truncate_logs(folder, position, evaluated, epoch, suffix=""):
+    """Remove what a run logged after its last whole epoch, which it is about to do again.
 
+    position, evaluated: the x of the last step that has been done, and of the losses after the last whole epoch.
     SummaryWriter's purge_step knows a single axis. What is logged at the end of a run is removed too, and what
     open_writer() writes again.
     """
@@ -121,7 +121,8 @@ def truncate_logs(folder, position, epoch, suffix="", by_position=BY_IMAGES):
             for event, record in read_events(path):
                 found.append(event)
                 tags = [value.tag for value in event.summary.value]
-                last = position if any(tag.startswith(by_position) for tag in tags) else epoch
+                last = next((x for start, x in ((IN_EPOCH, position), (LOSSES, evaluated))
+                             if any(tag.startswith(start) for tag in tags)), epoch)
                 if event.step <= last and not any(tag.startswith(LOGGED_ONCE) for tag in tags):
                     records.write(record)
         except ValueError:

@@ -18,8 +18,8 @@ def images_that_fit(height, width, hidden_size):
 
 
 def maps_that_fit(prior):
-    """How many code maps a CodePrior takes at once, without gradients: attention and perceptron hold 12·E a code."""
-    return items_that_fit(12 * prior.positions.numel())
+    """How many code maps a CodePrior takes at once, without gradients: attention and perceptron hold 19·E a code."""
+    return items_that_fit(19 * prior.positions.numel())
 
 
 def samples_that_fit(prior):

@@ -73,8 +73,9 @@ class Trainer:
         self.files.clear(self.metadata["kind"], self.state, self.args.resume, self._truncate_logs, former)
 
     def _truncate_logs(self, folder, suffix):
-        by_position = event_files.BY_IMAGES if self.x_axis == "images" else event_files.BY_STEP
-        event_files.truncate_logs(folder, self.position(), self.state.epoch - 1, suffix, by_position)
+        epoch = self.state.epoch - 1
+        evaluated = epoch * self.num_images if self.x_axis == "images" else epoch
+        event_files.truncate_logs(folder, self.position(), evaluated, epoch, suffix)
 
     def position(self):
         """Where the training is on the x axis of its curves: the number of images seen; of older runs the step."""
