@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-TAIL_FROM = 6           # codes with a probability below exp(−TAIL_FROM) are the tail
+TAIL_FROM = 6           # codes with a probability below exp(0.5 − TAIL_FROM) are the tail
 TAIL_KNOTS = 12         # of its calibration, at the log-probabilities −TAIL_FROM − 0.5, −TAIL_FROM − 1.5, …
 BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of float32, whatever K and T
 
