@@ -71,7 +71,7 @@ from prior import CodePrior
 from utils import cost, distributed, event_files, files, inputs, tensorboard_logs
 from utils.memory import maps_that_fit
 from utils.run_files import RunFiles
-from utils.train_state import check_metadata, seed_everything, set_deterministic
+from utils.train_state import check_metadata, seed_everything, set_deterministic, strictly_deterministic
 from utils.trainer import Trainer
 from utils.training_data import describe_best, describe_split, hold_out
 
@@ -104,10 +104,11 @@ def train(trainer, maps, vqvae, bits_per_nat):
         prior.train()
         for batch in trainer.batches(epoch_batches(maps, trainer.generator, args.batch_size)):
             indices, labels, shifts = (data.to_device(tensor, args.device) for tensor in batch)    # (B, h, w), (B,)
-            with per_process_dropout(args, trainer.state.step):
-                loss = forward(indices, labels, shifts)
             optimizer.zero_grad()
-            loss.backward()
+            with strictly_deterministic():
+                with per_process_dropout(args, trainer.state.step):
+                    loss = forward(indices, labels, shifts)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
             optimizer.step()
             schedule.step()

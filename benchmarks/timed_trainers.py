@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from metrics import evaluate
+from utils import speed
 from utils.run_files import RunFiles
 from utils.trainer import Trainer
 
@@ -77,6 +78,7 @@ class TargetMSETrainer(Trainer):
         super().after_step(*arguments)
         if self.state.step < self.next_test:
             return
+        speed.synchronize(self.args.device)
         self.train_seconds += time.perf_counter() - self.resumed_at
         self.mse = evaluate(self.model, self.test_batches, self.args.device)[0].reconstruction
         self.model.train()
