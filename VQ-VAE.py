@@ -109,7 +109,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from metrics import code_counts, evaluate, perplexity
-from modules import Losses, VectorQuantizedVAE, vqvae_losses
+from modules import Losses, VectorQuantizedVAE, check_training_mode, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
@@ -238,7 +238,9 @@ def build_trainer(args, files, batches, saved=None):
     if saved:
         check_metadata(metadata, saved)
     with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
-        model = VectorQuantizedVAE(**config).to(args.device, memory_format=speed.memory_format(args.device))
+        model = VectorQuantizedVAE(**config)
+        check_training_mode(model.quantizer)
+        model.to(args.device, memory_format=speed.memory_format(args.device))
     with cli.errors_name_flag("--downsample", args.downsample):
         model.map_size(*batches.train_set.shape[1:])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")
