@@ -196,7 +196,7 @@ def load_prior(path, vqvae, device="cpu"):
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_KNOTS))
     prior = _rebuild(CodePrior, contents, device)
-    names = contents.get("classes", [str(i) for i in range(prior.num_classes)])
+    names = contents.setdefault("classes", [str(i) for i in range(prior.num_classes)])
     if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"it does not name its {prior.num_classes} classes: the file is damaged")
     K, (h, w) = vqvae.quantizer.num_codes, vqvae.map_size(*vqvae_contents["dataset"]["shape"][1:])

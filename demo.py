@@ -145,7 +145,7 @@ def open_prior(path, model, contents, device):
         if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
             raise
         return None, ()
-    return prior, prior_contents.get("classes", [str(i) for i in range(prior.num_classes)])
+    return prior, prior_contents["classes"]
 
 
 def add_tabs(demo):

@@ -20,8 +20,8 @@ TARGET_MSE = 0.0278             # the final test MSE of the published run
 class TimedTrainer(Trainer):
     """A Trainer for a thread. It trains one epoch for each release of start_epoch."""
 
-    def __init__(self, *arguments, **totals):
-        super().__init__(*arguments, **totals)
+    def __init__(self, *arguments, **state):
+        super().__init__(*arguments, **state)
         self.writer, self.signals = SummaryWriter(self.files.logs), NoSignals()
         self.start_epoch, self.epoch_done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -63,8 +63,8 @@ class TargetMSETrainer(Trainer):
 
     max_seconds = float("inf")
 
-    def __init__(self, *arguments, **totals):
-        super().__init__(*arguments, **totals)
+    def __init__(self, *arguments, **state):
+        super().__init__(*arguments, **state)
         self.writer, self.signals = SummaryWriter(self.files.logs), NoSignals()
         self.train_seconds, self.mse, self.next_test, self.resumed_at = 0.0, float("inf"), 10, time.perf_counter()
         self.paused_at = self.resumed_at

@@ -18,7 +18,8 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT /
 TEXT = "\n".join(PAGES.values())
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
            "export.py", "demo.py", "docs/figures.py", "benchmarks/speed.py", "benchmarks/sizes.py",
-           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py")
+           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py",
+           "benchmarks/quantizers.py")
 MAX_LINES = 280             # of the README
 # Documented flags of other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir",

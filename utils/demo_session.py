@@ -57,7 +57,6 @@ class Demo:
                              f"which shows up to {LARGEST_MAP}×{LARGEST_MAP}: train one with a larger --downsample or "
                              "a smaller --image-size")
         self.device = next(model.parameters()).device
-        self.light_on_dark = contents["dataset"]["name"] in data.LIGHT_ON_DARK
         self.test_images = data.load("MNIST-10k", "")[1].images if self.shape == (1, 28, 28) else None
         self.can_draw = self.shape[0] == 1
         self.counts = self.all_patches = None

@@ -82,7 +82,7 @@ def open_prior(args, model, contents):
         if args.guidance != 1 and not prior.drop_label:
             raise ValueError(f"--guidance {args.guidance:g}: it was trained with --drop-label 0 and knows no images "
                              "without a class: leave --guidance out")
-        return prior, contents.get("classes", list(data.DIGITS)), path
+        return prior, contents["classes"], path
 
 
 @contextmanager
