@@ -101,7 +101,9 @@ def run(args):
     if not data.are_digits(test_set) or test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--dataset {name}: the classifier knows only digits of 28×28 pixels as MNIST's")
     count = min(args.images, len(test_set))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads: {count:,} test images of {name}\n\n"
+    seen, note = data.seen_in_training(contents["dataset"]["name"], name)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads: {count:,} {'' if seen else 'test '}images of "
+          f"{name}\n{note}\n"
           "| rows kept | read as the true digit |\n| --- | --- |")
     measured = []
     with tqdm(total=2 * count * (prior.height + 1), unit="img", leave=False, disable=None) as bar:
