@@ -44,7 +44,7 @@ test-processors: .venv/ready-dev
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-.venv/ready-dev: requirements-dev.txt requirements-export.txt .venv/ready
+.venv/ready-dev: requirements-dev.txt requirements-export.txt benchmarks/requirements.txt .venv/ready
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@
 

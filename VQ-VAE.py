@@ -109,7 +109,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from metrics import code_counts, evaluate, perplexity
-from modules import Losses, VectorQuantizedVAE, vqvae_losses
+from modules import Losses, VectorQuantizedVAE, check_training_mode, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
@@ -127,19 +127,19 @@ def train(trainer, batches):
     """Epoch after epoch: train, evaluate, save, log."""
     args, model, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
 
-    def forward(x):
+    def compute_losses(x):
         """The losses of images x (B, C, H, W), and the codes chosen for them (B, h, w)."""
         with trainer.autocast():
             output = model(x)
             return vqvae_losses(x, output, args.beta), output.indices
 
     # The first step is not compiled: a quantizer may initialise itself in it, as K-means does the codebook.
-    forward = trainer.accelerate(forward, compile_if=lambda: trainer.state.step > 0)
+    compute_losses = trainer.accelerate(compute_losses, compile_if=lambda: trainer.state.step > 0)
     for epoch in trainer.epochs():                            # where it left off, if resumed
         model.train()
         for images, _ in trainer.batches(batches.train):
             x = data.to_model_range(images, args.device)              # (B, C, H, W) in [-1, 1]
-            losses, indices = forward(x)
+            losses, indices = compute_losses(x)
             optimizer.zero_grad()
             losses.total.backward()
             optimizer.step()
@@ -148,11 +148,11 @@ def train(trainer, batches):
 
         validation, _ = evaluate_on(trainer, batches.validation, "validating")
         test, test_counts = evaluate_on(trainer, batches.test, "testing")            # nothing is chosen by it
-        losses = {"validation": validation, "test": test} if args.validation_images else {"test": test}
+        evaluated = {"validation": validation, "test": test} if args.validation_images else {"test": test}
         trainer.save_epoch(validation and validation.reconstruction,
-                           {name: split_losses._asdict() for name, split_losses in losses.items()})
+                           {name: losses._asdict() for name, losses in evaluated.items()})
         if distributed.is_main_process():
-            log_epoch(trainer, epoch, losses, test_counts, batches)
+            log_epoch(trainer, epoch, evaluated, test_counts, batches)
 
 
 def evaluate_on(trainer, batches, what):
@@ -163,20 +163,20 @@ def evaluate_on(trainer, batches, what):
     return evaluate(trainer.model, bar, trainer.args.device, trainer.args.beta)
 
 
-def log_epoch(trainer, epoch, losses, test_counts, batches):
+def log_epoch(trainer, epoch, evaluated, test_counts, batches):
     """The epoch's line in the track, its curves and its pictures; after the last epoch, the codebook's as well.
 
-    losses: on the validation set, if there is one, and on the test set, {name: Losses}.
+    evaluated: on the validation set, if there is one, and on the test set, {name: Losses}.
     """
     args, model, state, writer = trainer.args, trainer.model, trainer.state, trainer.writer
     restarts = state.restarts.item()
     position = trainer.position() if trainer.x_axis == "images" else epoch
-    tensorboard_logs.log_epoch(writer, epoch, position, losses, test_counts, state.code_counts.cpu(), restarts)
+    tensorboard_logs.log_epoch(writer, epoch, position, evaluated, test_counts, state.code_counts.cpu(), restarts)
     values = {"epoch": epoch, "step": state.step, "perplexity": perplexity(test_counts), "restarts": restarts,
               "used": int((test_counts > 0).sum()), "seconds": trainer.epoch_seconds()}
-    for split, split_losses in {"train": state.mean_losses(), "val": losses.get("validation"), "test": losses["test"]
-                                }.items():
-        values |= zip((f"{split}_{loss}" for loss in ("recon", "codebook", "commit")), split_losses or ())
+    for split, losses in {"train": state.mean_losses(), "val": evaluated.get("validation"), "test": evaluated["test"]
+                          }.items():
+        values |= zip((f"{split}_{loss}" for loss in ("recon", "codebook", "commit")), losses or ())
     with trainer.optional("the use of the codes"):
         tensorboard_logs.log_code_use(writer, test_counts, epoch)
     with trainer.optional("the reconstructions"):
@@ -186,7 +186,7 @@ def log_epoch(trainer, epoch, losses, test_counts, batches):
             most = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
             tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:most][0].cpu(), epoch)
         best = values if state.best_epoch == epoch else tensorboard_logs.track_row(state.track, state.best_epoch)
-        figures = {"at_end/test_mse": losses["test"].reconstruction, "at_end/test_perplexity": values["perplexity"],
+        figures = {"at_end/test_mse": evaluated["test"].reconstruction, "at_end/test_perplexity": values["perplexity"],
                    "at_end/test_used": values["used"], "best/epoch": state.best_epoch,
                    "best/test_mse": best["test_recon"]}
         tensorboard_logs.log_hparams(writer, hparams(trainer), figures)
@@ -238,7 +238,9 @@ def build_trainer(args, files, batches, saved=None):
     if saved:
         check_metadata(metadata, saved)
     with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
-        model = VectorQuantizedVAE(**config).to(args.device, memory_format=speed.memory_format(args.device))
+        model = VectorQuantizedVAE(**config)
+        check_training_mode(model.quantizer)
+        model.to(args.device, memory_format=speed.memory_format(args.device))
     with cli.errors_name_flag("--downsample", args.downsample):
         model.map_size(*batches.train_set.shape[1:])
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=args.device != "mps")

@@ -58,13 +58,13 @@ def save(path, contents):
     write_atomically(path, buffer.getbuffer())
 
 
-def load(path, device="cpu"):
-    """The contents of a VQ-VAE's checkpoint, or of a bare state_dict of the published network.
+def load(path):
+    """The contents, on the CPU, of a VQ-VAE's checkpoint, or of a bare state_dict of the published network.
 
     "path" and "sha256", which are not in the file, are those of the file. A state_dict may be wrapped in a dictionary
     of one of WRAPPERS. Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a VQ-VAE.
     """
-    contents, sha256 = _read(path, device)
+    contents, sha256 = _read(path)
     if isinstance(contents, dict) and "kind" not in contents:
         contents = next((contents[name] for name in WRAPPERS if name in contents), contents)
     if isinstance(contents, dict) and contents and all(
@@ -80,8 +80,8 @@ def load(path, device="cpu"):
     raise ValueError("the checkpoint does not say which data set its model was trained on")
 
 
-def _read(path, device):
-    """The contents of a file of torch.save, and its SHA-256: both from the same bytes.
+def _read(path):
+    """The contents, on the CPU, of a file of torch.save, and its SHA-256: both from the same bytes.
 
     Tensors and plain values only: objects that could run code are refused.
     """
@@ -102,9 +102,7 @@ def _read(path, device):
         file.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")         # of the pickle protocol
-            # The sums of a training are float64, which MPS does not have; the model is moved there when it is rebuilt.
-            place = "cpu" if torch.device(device).type == "mps" else device
-            contents = torch.load(file, map_location=place, weights_only=True)
+            contents = torch.load(file, map_location="cpu", weights_only=True)
         _check_values(contents, size)
         return contents, hashlib.sha256(data).hexdigest()
     except Exception as error:                      # a damaged file can make torch.load raise anything
@@ -146,7 +144,7 @@ def _check_kind(contents, kind, name):
 def is_of_kind(kind, path):
     """Whether there is a checkpoint of a kind at path, of any format: "vqvae", "prior" or "classifier"."""
     try:
-        contents = _read(path, "cpu")[0]
+        contents = _read(path)[0]
     except (ValueError, FileNotFoundError):
         return False
     return isinstance(contents, dict) and contents.get("kind") == kind
@@ -158,7 +156,7 @@ def load_model(path, device="cpu", hidden_size=None, num_codes=None):
     hidden_size and num_codes, where given, must be those of the file. Raises what load() raises,
     and ValueError if the sizes contradict each other.
     """
-    contents = load(path, device)
+    contents = load(path)
     name = contents["config"].get("quantizer", "vq") if isinstance(contents.get("config"), dict) else "vq"
     if isinstance(name, str) and name not in QUANTIZERS:
         raise ValueError(f"its quantizer {name[:50]!r} is not in vector_quantizer.QUANTIZERS, which has "
@@ -188,7 +186,7 @@ def load_prior(path, vqvae, device="cpu"):
     ValueError if the file at path is not a checkpoint of a prior, and OtherModelError, which is one, if its codes are
     those of another VQ-VAE.
     """
-    contents, _ = _read(path, device)
+    contents, _ = _read(path)
     _check_kind(contents, "prior", "a prior")
     vqvae, vqvae_contents = vqvae if isinstance(vqvae, tuple) else load_model(vqvae)
     vqvae_path = vqvae_contents["path"]
@@ -198,7 +196,7 @@ def load_prior(path, vqvae, device="cpu"):
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_KNOTS))
     prior = _rebuild(CodePrior, contents, device)
-    names = contents.get("classes", [str(i) for i in range(prior.num_classes)])
+    names = contents.setdefault("classes", [str(i) for i in range(prior.num_classes)])
     if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"it does not name its {prior.num_classes} classes: the file is damaged")
     K, (h, w) = vqvae.quantizer.num_codes, vqvae.map_size(*vqvae_contents["dataset"]["shape"][1:])
@@ -213,7 +211,7 @@ def load_classifier(path, device="cpu"):
 
     Raises OSError if the file cannot be opened, ValueError if it is not a checkpoint of a classifier.
     """
-    contents, _ = _read(path, device)
+    contents, _ = _read(path)
     _check_kind(contents, "classifier", "a classifier")
     match contents.setdefault("config", {"architecture": "cnn"}):           # the first ones have none
         case {"architecture": str(name)} if name in ARCHITECTURES:
@@ -246,14 +244,14 @@ def _rebuild(kind, contents, device):
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}")
         if missing := expected.keys() ^ state.keys():
             raise ValueError(f"{min(missing)} is missing or unexpected")
-        model = kind(**config).to(device)
+        model = kind(**config)
         model.load_state_dict(state)
     except Exception as error:                      # a damaged file can make torch raise anything
         raise ValueError(f"the checkpoint's weights do not fit its configuration: {type(error).__name__}: {error}"
                          ) from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise ValueError("the checkpoint's weights are not all finite numbers")
-    return model.eval()
+    return model.eval().to(device)          # outside of the try, so that a GPU's error is not taken for the file's
 
 
 def _from_state_dict(state):

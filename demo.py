@@ -145,7 +145,7 @@ def open_prior(path, model, contents, device):
         if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
             raise
         return None, ()
-    return prior, prior_contents.get("classes", [str(i) for i in range(prior.num_classes)])
+    return prior, prior_contents["classes"]
 
 
 def add_tabs(demo):
@@ -168,7 +168,7 @@ def add_tabs(demo):
     with gr.Tab("Change a code"):
         gr.Markdown(CHANGE)
         changing = add_changing(demo, session, start)
-    with gr.Tab("New digits" if demo.test_images is not None else "New images"):
+    with gr.Tab("New digits" if demo.digits is not None else "New images"):
         gr.Markdown(SAMPLE)
         add_sampling(demo)
     with gr.Tab("Finish it"):
@@ -206,15 +206,15 @@ def add_sources(demo, session):
     """What a picture can come from, but a drawing. → (event, handler, its inputs, key of its event data) for each."""
     sources = []
     with gr.Row(equal_height=False):
-        if demo.test_images is not None:
-            last = len(demo.test_images) - 1
-            number = gr.Number(0, label=f"or one of the test digits, 0 to {last}", precision=0, minimum=0, maximum=last,
+        if demo.digits is not None:
+            last = len(demo.digits) - 1
+            number = gr.Number(0, label=f"or one of the bundled digits, 0 to {last}", precision=0, minimum=0, maximum=last,
                                min_width=240, elem_id="number")
             # An empty field is one that is being typed in.
-            sources.append((number.change, lambda number: demo.test_digit(number or 0), [number], None))
+            sources.append((number.change, lambda number: demo.bundled_digit(number or 0), [number], None))
         with gr.Column(min_width=240):
-            if demo.test_images is not None:
-                another = gr.Button("Another test digit", size="sm")
+            if demo.digits is not None:
+                another = gr.Button("Another digit", size="sm")
                 another.click(lambda: random.randint(0, last), None, number, show_progress="hidden")
             upload = gr.UploadButton("A picture from a file", size="sm", elem_id="upload")
             invert = gr.Button("Swap dark and light", size="sm")

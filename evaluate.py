@@ -138,7 +138,7 @@ def measure_prior(model, prior, classifiers, train_set, test_set, args):
     batch_size = images_that_fit(*test_set.shape[1:], model.quantizer.dim)
     with tqdm(total=len(test_set) + len(labels), desc="sampling and encoding", unit="img", unit_scale=True, leave=False,
               disable=None) as bar:
-        sampled = samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, device, bar)
+        sampled = samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, bar)
         test_maps = code_maps.encode(model, data.batches(test_set, batch_size, None, args.num_workers), device, bar)
     nats = nats_per_code(prior, test_maps, test_set.labels)
     measured = {"nats_per_code": nats, "samples_drawn": len(labels),
@@ -305,7 +305,7 @@ def run(args):
         prior, classes, prior_path = inputs.open_prior(args, model, contents)
     dataset, train_set, test_set = inputs.open_data(args, contents)
     if args.prior:
-        classifiers = open_classifiers(args, data.are_digits(data.describe(dataset, "", test_set)))
+        classifiers = open_classifiers(args, data.are_digits(test_set))
         H, W = model.image_size(prior.height, prior.width)
         if (classes, [H, W]) != (test_set.classes, test_set.shape[1:]):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "

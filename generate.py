@@ -170,7 +170,7 @@ def sample_prior(model, contents, generator, args):
     if args.label is not None:
         labels = torch.full((ROWS**2,), class_number(args.label, classes))
     with tqdm(total=len(labels), desc="sampling", unit="img", leave=False, disable=None) as bar:
-        return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, args.device, bar)
+        return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, bar)
 
 
 def open_completing_prior(model, contents, args):
@@ -197,8 +197,8 @@ def complete(model, prior, label, images, generator, args):
     maps = maps.repeat_interleave(ROWS, dim=0)                                                  # (10·B, h, w)
     given = maps.flatten(1)[:, :args.complete * prior.width]
     with tqdm(total=len(maps), desc="sampling", unit="img", leave=False, disable=None) as bar:
-        maps = samples.sample_maps(prior, torch.full((len(maps),), label), cli.sampling_arguments(args), generator,
-                                   args.device, bar, given)
+        maps = samples.sample_maps(prior, torch.full((len(maps),), label), cli.sampling_arguments(args), generator, bar,
+                                   given)
     completed = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
     return torch.cat([images.unsqueeze(1), completed.unflatten(0, (-1, ROWS))], dim=1).flatten(0, 1)
 

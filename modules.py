@@ -4,6 +4,7 @@ Letters: B images, C channels, H×W pixels, h×w = H/f × W/f latents, D latent 
 network, whose layers and parameter names these are; with 8 or 16 there are one or two more stages of each kind.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -114,81 +115,6 @@ def contiguous_on_mps(x):
     return x.flatten(1).view(x.shape) if x.device.type == "mps" else x
 
 
-# ---------------------------------------------------------------- the contract of a quantizer
-
-def check_quantizer(quantizer, num_codes, dim):
-    """Raise ValueError unless a new quantizer keeps the contract of vector_quantizer.py, as far as a trial shows.
-
-    It quantizes a few latents in evaluation mode, without random numbers. On the meta device, which has no values, only
-    the presence of its parts is checked.
-    """
-    name = type(quantizer).__name__
-
-    def require(condition, wrong):
-        if not condition:
-            raise ValueError(f"the quantizer {name} does not keep the contract in vector_quantizer.py: {wrong}")
-
-    require(isinstance(quantizer, nn.Module), "it is not an nn.Module")
-    for attribute, expected in (("num_codes", num_codes), ("dim", dim)):
-        require(hasattr(quantizer, attribute), f"it has no {attribute}")
-        found = getattr(quantizer, attribute)
-        fits = type(found) in (int, type(expected)) and found == expected
-        require(fits, f"its {attribute} is {found!r}, not {expected}")
-    require(type(quantizer).forward is not nn.Module.forward, "it has no forward()")
-    for method in ("encode", "lookup"):
-        require(callable(getattr(quantizer, method, None)), f"it has no {method}()")
-    if hasattr(quantizer, "restarts"):
-        count = dict(quantizer.named_buffers()).get("restarts")
-        require(count is not None and count.shape == () and count.dtype == torch.int64,
-                "its restarts is not a buffer of one int64 number, without dimensions")
-    # Deterministic, of three different sizes, so that swapped dimensions show.
-    z_e = torch.arange(2 * dim * 3 * 4.0).sin().view(2, dim, 3, 4)
-    if z_e.is_meta:
-        return
-    modes = {module: module.training for module in quantizer.modules()}
-    quantizer.eval()
-    try:
-        _check_outputs(quantizer, z_e, require)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _check_outputs(quantizer, z_e, require):
-    """The part of check_quantizer() that calls a quantizer in evaluation mode, on latents z_e (B, D, h, w)."""
-    def require_tensor(value, what, shape, dtype=None):
-        kind = dtype or "floating point"
-        require(torch.is_tensor(value), f"{what} is {type(value).__name__}, not a tensor")
-        require(value.shape == shape and (value.dtype == dtype if dtype else value.is_floating_point()),
-                f"{what} is {value.dtype} {tuple(value.shape)}, not {kind} {tuple(shape)}")
-
-    B, _, h, w = z_e.shape
-    state = dict((*quantizer.named_parameters(), *quantizer.named_buffers()))
-    before = {key: value.detach().clone() for key, value in state.items()}
-    with torch.enable_grad():
-        z_e = z_e.clone().requires_grad_()
-        output = quantizer(z_e)
-        require(isinstance(output, Quantized), f"forward() returns {type(output).__name__}, not Quantized")
-        require_tensor(output.z_q, "forward()'s z_q", z_e.shape)
-        require_tensor(output.indices, "forward()'s indices", (B, h, w), torch.int64)
-        require_tensor(output.codebook_loss, "forward()'s codebook_loss", ())
-        require_tensor(output.commitment_loss, "forward()'s commitment_loss", ())
-        require(output.indices.min() >= 0 and output.indices.max() < quantizer.num_codes,
-                f"forward()'s indices leave [0, {quantizer.num_codes})")
-        if not torch.is_inference_mode_enabled():
-            gradient = output.z_q.requires_grad and torch.autograd.grad(
-                output.z_q, z_e, z_e.detach().to(output.z_q.dtype), allow_unused=True)[0]
-            require(torch.is_tensor(gradient) and gradient.any(), "no gradient of forward()'s z_q reaches z_e")
-    with torch.no_grad():
-        indices, codes = quantizer.encode(z_e), quantizer.lookup(output.indices)
-        require_tensor(indices, "encode()'s result", (B, h, w), torch.int64)
-        require(torch.equal(indices, output.indices), "encode() gives other indices than forward()")
-        require_tensor(codes, "lookup()'s result", z_e.shape, output.z_q.dtype)
-        require(torch.allclose(codes, output.z_q, rtol=1e-4, atol=1e-6), "lookup() gives other codes than forward()")
-    for key, value in (*quantizer.named_parameters(), *quantizer.named_buffers()):
-        require(key in before and torch.equal(value, before[key]), f"its {key} changes in evaluation mode")
-
-
 class VectorQuantizedVAE(nn.Module):
     """Encoder → quantizer → decoder (van den Oord et al. 2017, figure 1).
 
@@ -256,3 +182,99 @@ class VectorQuantizedVAE(nn.Module):
             raise ValueError(f"images {tuple(x.shape)} are not (B, {self.channels}, H, W)")
         self.map_size(*x.shape[2:])
         return self.encoder(x)
+
+
+# ---------------------------------------------------------------- the contract of a quantizer
+
+def check_quantizer(quantizer, num_codes, dim):
+    """Raise ValueError unless a new quantizer keeps the contract of vector_quantizer.py, as far as a trial shows.
+
+    It quantizes a few latents in evaluation mode, without random numbers. On the meta device, which has no values, only
+    the presence of its parts is checked.
+    """
+    require = _requirements_of(quantizer)
+    require(isinstance(quantizer, nn.Module), "it is not an nn.Module")
+    for attribute, expected in (("num_codes", num_codes), ("dim", dim)):
+        require(hasattr(quantizer, attribute), f"it has no {attribute}")
+        found = getattr(quantizer, attribute)
+        fits = type(found) in (int, type(expected)) and found == expected
+        require(fits, f"its {attribute} is {found!r}, not {expected}")
+    require(type(quantizer).forward is not nn.Module.forward, "it has no forward()")
+    for method in ("encode", "lookup"):
+        require(callable(getattr(quantizer, method, None)), f"it has no {method}()")
+    if hasattr(quantizer, "restarts"):
+        count = dict(quantizer.named_buffers()).get("restarts")
+        require(count is not None and count.shape == () and count.dtype == torch.int64,
+                "its restarts is not a buffer of one int64 number, without dimensions")
+    z_e = _made_up_latents(dim)
+    if z_e.is_meta:
+        return
+    modes = {module: module.training for module in quantizer.modules()}
+    quantizer.eval()
+    try:
+        _check_outputs(quantizer, z_e, require)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def check_training_mode(quantizer):
+    """Raise ValueError unless forward() keeps the contract in training mode too. Tries a copy, so nothing changes."""
+    copied = copy.deepcopy(quantizer).train()
+    with torch.random.fork_rng(devices=[]):
+        _check_forward(copied, _made_up_latents(quantizer.dim), _requirements_of(quantizer, " in training mode"))
+
+
+def _requirements_of(quantizer, when=""):
+    """→ require(condition, wrong), which raises ValueError(wrong) of a quantizer unless a condition holds."""
+    def require(condition, wrong):
+        if not condition:
+            raise ValueError(f"the quantizer {type(quantizer).__name__} does not keep the contract in "
+                             f"vector_quantizer.py{when}: {wrong}")
+    return require
+
+
+def _require_tensor(require, value, what, shape, dtype=None):
+    kind = dtype or "floating point"
+    require(torch.is_tensor(value), f"{what} is {type(value).__name__}, not a tensor")
+    require(value.shape == shape and (value.dtype == dtype if dtype else value.is_floating_point()),
+            f"{what} is {value.dtype} {tuple(value.shape)}, not {kind} {tuple(shape)}")
+
+
+def _made_up_latents(dim):
+    """Latents (2, D, 3, 4), always the same; of three different sizes, so that swapped dimensions show."""
+    return torch.arange(2 * dim * 3 * 4.0).sin().view(2, dim, 3, 4)
+
+
+def _check_forward(quantizer, z_e, require):
+    """Try forward() on latents z_e (B, D, h, w), with their gradient unless that is impossible. → its output"""
+    B, _, h, w = z_e.shape
+    with torch.enable_grad():
+        z_e = z_e.clone().requires_grad_()
+        output = quantizer(z_e)
+        require(isinstance(output, Quantized), f"forward() returns {type(output).__name__}, not Quantized")
+        for field, shape, dtype in (("z_q", z_e.shape, None), ("indices", (B, h, w), torch.int64),
+                                    ("codebook_loss", (), None), ("commitment_loss", (), None)):
+            _require_tensor(require, getattr(output, field), f"forward()'s {field}", shape, dtype)
+        require(output.indices.min() >= 0 and output.indices.max() < quantizer.num_codes,
+                f"forward()'s indices leave [0, {quantizer.num_codes})")
+        if not torch.is_inference_mode_enabled():
+            gradient = output.z_q.requires_grad and torch.autograd.grad(
+                output.z_q, z_e, z_e.detach().to(output.z_q.dtype), allow_unused=True)[0]
+            require(torch.is_tensor(gradient) and gradient.any(), "no gradient of forward()'s z_q reaches z_e")
+    return output
+
+
+def _check_outputs(quantizer, z_e, require):
+    """The part of check_quantizer() that calls a quantizer in evaluation mode, on latents z_e (B, D, h, w)."""
+    state = dict((*quantizer.named_parameters(), *quantizer.named_buffers()))
+    before = {key: value.detach().clone() for key, value in state.items()}
+    output = _check_forward(quantizer, z_e, require)
+    with torch.no_grad():
+        indices, codes = quantizer.encode(z_e), quantizer.lookup(output.indices)
+        _require_tensor(require, indices, "encode()'s result", output.indices.shape, torch.int64)
+        require(torch.equal(indices, output.indices), "encode() gives other indices than forward()")
+        _require_tensor(require, codes, "lookup()'s result", z_e.shape, output.z_q.dtype)
+        require(torch.allclose(codes, output.z_q, rtol=1e-4, atol=1e-6), "lookup() gives other codes than forward()")
+    for key, value in (*quantizer.named_parameters(), *quantizer.named_buffers()):
+        require(key in before and torch.equal(value, before[key]), f"its {key} changes in evaluation mode")

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-TAIL_FROM = 6           # codes with a probability below exp(−TAIL_FROM) are the tail
-TAIL_KNOTS = 12         # of its calibration, at the log-probabilities −TAIL_FROM − 0.5, −TAIL_FROM − 1.5, …
+TAIL_FROM = -5.5        # codes with a log-probability below it are the tail
+TAIL_KNOTS = 12         # of its calibration, at the log-probabilities TAIL_FROM − 1, TAIL_FROM − 2, …
 BLOCK_LOGITS = 2**22    # held in memory at once in evaluation mode: 16 MiB of float32, whatever K and T
 
 
@@ -220,7 +220,7 @@ class CodePrior(nn.Module):
     @staticmethod
     def _knots(logits):
         """For each code of logits (..., K) the knot before it, up to TAIL_KNOTS − 1, and the share of the next one."""
-        position = (0.5 - TAIL_FROM - logits.log_softmax(dim=-1)).clamp(0, TAIL_KNOTS)
+        position = (TAIL_FROM - logits.log_softmax(dim=-1)).clamp(0, TAIL_KNOTS)
         knots = position.long().clamp(0, TAIL_KNOTS - 1)          # also where a logit is not a number
         return knots, position - knots
 
@@ -277,9 +277,9 @@ class CodePrior(nn.Module):
 
 
 def sample_codes(logits, draws, top_k=None):
-    """The code for each row of logits (B, K) that a random number in [0, 1), of draws (B,), falls on: (B,).
+    """A code for each row of logits (B, K), sampled by inverting its cumulative distribution at draws (B,) in [0, 1).
 
-    By inversion: the first code at which the cumulative probability, in the order of the codes, exceeds the number.
+    That is the first code at which the cumulative probability, in the order of the codes, exceeds the number: (B,).
     Only the top_k most probable codes are drawn, if given. Logits that are not finite give any code.
     """
     if top_k is not None and top_k < logits.shape[1]:

@@ -71,7 +71,7 @@ from prior import CodePrior
 from utils import cost, distributed, event_files, files, inputs, tensorboard_logs
 from utils.memory import maps_that_fit
 from utils.run_files import RunFiles
-from utils.train_state import check_metadata, seed_everything, set_deterministic
+from utils.train_state import check_metadata, seed_everything, set_deterministic, strictly_deterministic
 from utils.trainer import Trainer
 from utils.training_data import describe_best, describe_split, hold_out
 
@@ -94,20 +94,21 @@ def train(trainer, maps, vqvae, bits_per_nat):
     """Epoch after epoch: train, evaluate, save, log. bits_per_nat: bits per dimension of one nat per code."""
     args, prior, optimizer, schedule = trainer.args, trainer.model, trainer.optimizer, trainer.schedule
 
-    def forward(indices, labels, shifts):
+    def compute_loss(indices, labels, shifts):
         """Nats per code of maps (B, h, w), given the classes and shifts (B,)."""
         with trainer.autocast():
             return nats(prior, indices, labels, shifts)
 
-    forward = trainer.accelerate(forward)
+    compute_loss = trainer.accelerate(compute_loss)
     for epoch in trainer.epochs():                            # where it left off, if resumed
         prior.train()
         for batch in trainer.batches(epoch_batches(maps, trainer.generator, args.batch_size)):
             indices, labels, shifts = (data.to_device(tensor, args.device) for tensor in batch)    # (B, h, w), (B,)
-            with per_process_dropout(args, trainer.state.step):
-                loss = forward(indices, labels, shifts)
             optimizer.zero_grad()
-            loss.backward()
+            with strictly_deterministic():
+                with per_process_dropout(args, trainer.state.step):
+                    loss = compute_loss(indices, labels, shifts)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -181,10 +182,10 @@ def log_samples(trainer, vqvae, epoch):
 
     The other processes wait for it, but no longer than a tenth of their time limit: a minute.
     """
-    prior, device, generator = trainer.model, trainer.args.device, torch.Generator().manual_seed(trainer.args.seed)
+    prior, generator = trainer.model, torch.Generator().manual_seed(trainer.args.seed)
     seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
     most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
-    maps, columns = samples.sample_columns(prior, most, seconds, generator, device)
+    maps, columns = samples.sample_columns(prior, most, seconds, generator)
     images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps)]
     tensorboard_logs.log_samples(trainer.writer, epoch, torch.cat(images), columns)
 

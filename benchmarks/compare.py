@@ -106,13 +106,16 @@ class Run(NamedTuple):
 
 
 def folders_of_runs(folder):
-    """The folder itself if it holds a run, else those of its sub-folders that do. logs/NAME stands for models/NAME.
+    """The folder itself if it holds a run, else those of its sub-folders that do. logs/… stands for models/….
 
     Raises ValueError if there is none.
     """
     folder = Path(folder)
-    above = folder.resolve().parent
-    beside = [above.with_name("models") / folder.resolve().name] if above.name else []          # not below the root
+    parts = folder.resolve().parts
+    beside = []
+    if "logs" in parts:
+        at = len(parts) - 1 - parts[::-1].index("logs")
+        beside = [Path(*parts[:at], "models", *parts[at + 1:])]
     for path in (folder, *beside):
         if (path / ARGUMENTS).is_file() and (path / TRACK).is_file():
             return [path.resolve()]

@@ -68,7 +68,7 @@ def measure(model, prior, classifier, test_set, args, bar):
     flat = code_maps.encode(model, batches, args.device).flatten(1)                   # (N, T)
     for rows in range(prior.height + 1):
         maps = samples.sample_maps(prior, no_class, cli.sampling_arguments(args),
-                                   torch.Generator().manual_seed(args.seed), args.device, bar,
+                                   torch.Generator().manual_seed(args.seed), bar,
                                    flat[:, :rows * prior.width])
         read = samples.classify(classifier, samples.decode_batches(model, maps), bar).digits
         share = (read == digits).double().mean().item()
@@ -98,10 +98,12 @@ def run(args):
     with cli.errors_name_flag("--classifier", classifier_path):
         classifier, _ = checkpoint.load_classifier(classifier_path, args.device)
     name, _, test_set = inputs.open_data(args, contents)
-    if not data.are_digits(data.describe(name, "", test_set)) or test_set.shape != contents["dataset"]["shape"]:
+    if not data.are_digits(test_set) or test_set.shape != contents["dataset"]["shape"]:
         raise ValueError(f"--dataset {name}: the classifier knows only digits of 28×28 pixels as MNIST's")
     count = min(args.images, len(test_set))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads: {count:,} test images of {name}\n\n"
+    seen, note = data.seen_in_training(contents["dataset"]["name"], name)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads: {count:,} {'' if seen else 'test '}images of "
+          f"{name}\n{note}\n"
           "| rows kept | read as the true digit |\n| --- | --- |")
     measured = []
     with tqdm(total=2 * count * (prior.height + 1), unit="img", leave=False, disable=None) as bar:

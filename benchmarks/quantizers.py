@@ -330,9 +330,15 @@ def run(args):
         measure(args, names, results)
         for name, line in summarise(names, results, args.seeds).items():
             results.add("table", name, line)
-    print(f"{table({name: results['table'][name] for name in names})}\n\nTest MSE: the mean over {args.seeds} seeds, "
+    summary = {name: results["table"][name] for name in names}
+    edges = {min(args.rates), max(args.rates)} if len(args.rates) > 1 else ()
+    at_edge = [f"{name} ({line['rate']:g})" for name, line in summary.items() if line["rate"] in edges]
+    print(f"{table(summary)}\n\nTest MSE: the mean over {args.seeds} seeds, "
           f"± half the range; nats and bits: on the test set, of the best of {args.prior_epochs} epochs on held-out "
           f"images. All of it is in {results.path}.")
+    if at_edge:
+        print("The best rate is the lowest or highest that was tried, so that one beyond may be better: "
+              f"{'; '.join(at_edge)}")
 
 
 def main(argv=None):

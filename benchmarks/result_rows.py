@@ -119,7 +119,7 @@ LOWEST = "--batch-size 64 --lr 4e-3 --lr-schedule onecycle --beta 0.1 --restart-
 RECOMMENDED = "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema --restart-after 100"
 BUNDLED = "--dataset MNIST-10k --batch-size 32 --lr 4e-3 --beta 0.25"
 COLOUR = ("--dataset folder --data-folder cifar10 --image-size 32 --hidden-size 64 --batch-size 64 --lr 2e-3 "
-          "--lr-schedule cosine --beta 0.25 --restart-after 100 --num-epochs 20")
+          "--lr-schedule cosine --beta 0.25 --restart-after 100 --num-epochs 20 --validation-images 0")
 EVALUATE, COMPLETE = "python3 evaluate.py", "python3 benchmarks/completions.py"
 SAMPLING = [f"temperature {value}" for value in ("0.9", "0.8", "0.7")] + ["guidance 1.5", "guidance 2"]
 SEEDS = 0, 1, 2

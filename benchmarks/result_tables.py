@@ -105,7 +105,7 @@ TABLES = [
         f"| **recommended**, two threads | `{{recommended}}` | {trained('recommended')}"]),
     Table("docs/results.md", "The bundled digits", SETTINGS_HEADER, [
         f"| those of `make` | `{{MNIST-10k}}` | {trained('MNIST-10k')}",
-        f"| the same, published codebook | `{{uniform}}` | {trained('uniform')}"]),
+        f"| published codebook, all images | `{{uniform}}` | {trained('uniform')}"]),
     Table("docs/results.md", "The codebook: each choice alone and together",
           "| | `--codebook-update gradient` | `--codebook-update ema` |", [
               f"| `--codebook-init {init} --restart-after {restart}` | {codebook(init, restart, 'gradient')} | "
@@ -169,7 +169,7 @@ SENTENCES = [
                                   "{shipped:perplexity:.0f}."),
     Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, and "
                                  "{shipped:recognised samples:.2%} of its samples are recognised"),
-    Sentence("docs/sampling.md", "gave {pipeline samples:nats:.3f} nats, and its samples were recognised as often."),
+    Sentence("docs/sampling.md", "gave {pipeline samples:nats:.3f} nats."),
     Sentence("model.txt", "as python3 evaluate.py prints them: test MSE {shipped:mse:.5f} on the [-1, 1] scale PSNR "
                           "{shipped:psnr:.2f} dB perplexity {shipped:perplexity:.1f} codes used {shipped:used:.0f} of "
                           "512 bits per dimension {shipped:bits:.4f}"),

@@ -51,6 +51,7 @@ from operator import attrgetter, itemgetter
 import baseline
 import torch
 from timed_trainers import TARGET_MSE, TargetMSETrainer, TimedTrainer, TrainingStopped, load_script, prepare_training
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from workers import WORKERS, Worker, peak_memory, reset_peak_memory, run_rounds, spread
@@ -282,7 +283,9 @@ def make_profile(device):
         with torch.profiler.profile() as profiler:
             for _ in range(PROFILED_STEPS):
                 step()
-        return {event.key: time_of(event) / 1e3 / PROFILED_STEPS for event in profiler.key_averages()}
+        # A GPU's kernels are listed besides the operations that they are part of.
+        operations = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+        return {event.key: time_of(event) / 1e3 / PROFILED_STEPS for event in operations}
     step()          # K-means runs in the first one
     return measure
 

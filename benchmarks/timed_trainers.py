@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from metrics import evaluate
+from utils import speed
 from utils.run_files import RunFiles
 from utils.trainer import Trainer
 
@@ -19,8 +20,8 @@ TARGET_MSE = 0.0278             # the final test MSE of the published run
 class TimedTrainer(Trainer):
     """A Trainer for a thread. It trains one epoch for each release of start_epoch."""
 
-    def __init__(self, *arguments, **totals):
-        super().__init__(*arguments, **totals)
+    def __init__(self, *arguments, **state):
+        super().__init__(*arguments, **state)
         self.writer, self.signals = SummaryWriter(self.files.logs), NoSignals()
         self.start_epoch, self.epoch_done = threading.Semaphore(0), threading.Semaphore(0)
 
@@ -62,8 +63,8 @@ class TargetMSETrainer(Trainer):
 
     max_seconds = float("inf")
 
-    def __init__(self, *arguments, **totals):
-        super().__init__(*arguments, **totals)
+    def __init__(self, *arguments, **state):
+        super().__init__(*arguments, **state)
         self.writer, self.signals = SummaryWriter(self.files.logs), NoSignals()
         self.train_seconds, self.mse, self.next_test, self.resumed_at = 0.0, float("inf"), 10, time.perf_counter()
         self.paused_at = self.resumed_at
@@ -77,6 +78,7 @@ class TargetMSETrainer(Trainer):
         super().after_step(*arguments)
         if self.state.step < self.next_test:
             return
+        speed.synchronize(self.args.device)
         self.train_seconds += time.perf_counter() - self.resumed_at
         self.mse = evaluate(self.model, self.test_batches, self.args.device)[0].reconstruction
         self.model.train()

@@ -194,9 +194,9 @@ def describe(name, folder, dataset):
     return description
 
 
-def are_digits(description):
-    """Whether a data set, by its describe(), holds images of the ten digits as MNIST does."""
-    return description["shape"] == [1, 28, 28] and "classes" not in description
+def are_digits(dataset):
+    """Whether a data set holds images of the ten digits as MNIST does."""
+    return dataset.shape == [1, 28, 28] and dataset.classes == list(DIGITS)
 
 
 def seen_in_training(trained_on, name):

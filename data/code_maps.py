@@ -6,6 +6,7 @@ Letters: N images, B of them in a batch, S shifts, C channels, H×W pixels, h×w
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -77,11 +78,7 @@ def _gather_labels(dataset):
 
 def shift_images(images, dy, dx):
     """Images (..., H, W) moved down by dy and right by dx pixels, zero-padded."""
-    H, W = images.shape[-2:]
-    shifted = torch.zeros_like(images)
-    shifted[..., max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
-        images[..., max(-dy, 0):H + min(-dy, 0), max(-dx, 0):W + min(-dx, 0)]
-    return shifted
+    return F.pad(images, (dx, -dx, dy, -dy))        # a negative number crops
 
 
 def offsets_up_to(shift):

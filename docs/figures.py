@@ -191,7 +191,7 @@ def draw_samples(model, prior):
     """The hundred digits of generate.py --input prior, ten of each class, a row a class."""
     maps = samples.sample_maps(prior, samples.balanced_labels(prior.num_classes, 10 * prior.num_classes),
                                {"temperature": 1.0, "top_k": None, "guidance": 1.0},
-                               torch.Generator().manual_seed(0), "cpu")
+                               torch.Generator().manual_seed(0))
     pixels = data.grid(data.to_bytes(model.decode(maps)), columns=10, padding=GRID_PADDING)[0].numpy()
     grid = enlarge(Image.fromarray(pixels), GRID_SCALE)
     margin = side = grid.height // prior.num_classes

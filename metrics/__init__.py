@@ -42,9 +42,7 @@ def evaluate(model, batches, device, beta=1.0):
         counts += code_counts(output.indices, len(counts))
         num_images += len(x)
     model.train(was_training)
-    sums, counts = sums.cpu(), counts.cpu()
-    for total in (sums, num_images, counts):
-        distributed.all_reduce_sum(total)
+    sums, num_images, counts = distributed.all_reduce_sums(sums.cpu(), num_images, counts.cpu())
     return Losses(*(sums / num_images).tolist()), counts
 
 

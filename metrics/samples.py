@@ -45,7 +45,7 @@ def decode_batches(model, maps):
 
 
 @torch.no_grad()
-def sample_maps(prior, labels, sampling, generator, device, bar=None, given=None):
+def sample_maps(prior, labels, sampling, generator, bar=None, given=None):
     """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_type().
 
     sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
@@ -54,20 +54,20 @@ def sample_maps(prior, labels, sampling, generator, device, bar=None, given=None
     maps, dtype, size = [], smallest_type(prior.num_codes), samples_that_fit(prior)
     given = torch.empty(len(labels), 0, dtype=dtype) if given is None else given
     for batch, first in zip(labels.split(size), given.split(size)):
-        maps.append(prior.sample(batch.to(device), **sampling, generator=generator, given=first).to(dtype).cpu())
+        maps.append(prior.sample(batch, **sampling, generator=generator, given=first).to(dtype).cpu())
         if bar is not None:
             bar.update(len(batch))
     return torch.cat(maps)
 
 
-def sample_columns(prior, most, seconds, generator, device):
+def sample_columns(prior, most, seconds, generator):
     """Sample columns of code maps, in up to ten rows of a class each, until `most` maps are there or the time is up.
 
     → maps (rows · columns, h, w), on the CPU, row by row; the number of columns. Raises RuntimeError if the time is too
     short for one column.
     """
     start, columns, rows = time.perf_counter(), [], min(10, most, samples_that_fit(prior))
-    labels = balanced_labels(prior.num_classes, rows).to(device)
+    labels = balanced_labels(prior.num_classes, rows)
     while not columns or (len(columns) < most // rows and (
             time.perf_counter() - start) * (1 + 1 / len(columns)) < seconds):
         codes = []
@@ -116,8 +116,8 @@ def frechet_distance(one, other):
 def standard_error(share, count):
     """The standard error of a share of `count` independent images.
 
-    It is the standard deviation of the share that is believed after these images, by Bayes' theorem, if any share was
-    equally likely before. For usual shares that is √(share · (1 − share) / count); of no image it is not zero.
+    It is the standard deviation of its posterior under a uniform prior, a Beta distribution: close to
+    √(share · (1 − share) / count), but not 0 for a share of 0 or 1.
     """
     expected = (share * count + 1) / (count + 2)
     return math.sqrt(expected * (1 - expected) / (count + 3))

@@ -148,7 +148,9 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(mnist_folder, tmp
     assert first["mse"] == pytest.approx(losses.reconstruction, rel=1e-4)
     assert abs(first["codes_used"] - (counts > 0).sum()) <= 2
     errors = [seed["mse"] for seed in results["seeds"]["FSQ"].values()]
-    assert f"| FSQ | 0.008 | {sum(errors) / 2:.5f} ± {abs(errors[0] - errors[1]) / 2:.5f} |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| FSQ | 0.008 | {sum(errors) / 2:.5f} ± {abs(errors[0] - errors[1]) / 2:.5f} |" in printed
+    assert printed.endswith("so that one beyond may be better: FSQ (0.008)\n")
     rate, nats, bits = results["prior"]["FSQ"].values()
     assert rate == 0.008
     assert bits == pytest.approx(nats / math.log(2) / 784) and 0 < nats < 49 * math.log(512) * 1.1

@@ -238,13 +238,13 @@ def test_values_of_no_browser_are_a_sentence(value, demo):
 
 
 def test_picture_shows_reconstruction_and_error(demo):
-    session = demo.test_digit(12)
+    session = demo.bundled_digit(12)
     page = demo.show_picture(session)
     x = data.to_model_range(data.load("MNIST-10k", "")[1].images[12:13])
     with torch.no_grad():
         output = demo.model(x)
     original, reconstruction = pictures(page)
-    assert np.array_equal(original, demo.test_images[12, 0].numpy())
+    assert np.array_equal(original, demo.digits[12, 0].numpy())
     assert np.abs(reconstruction - (output.reconstruction[0, 0].numpy() + 1) * 127.5).max() <= 1
     assert numbers(page) == output.indices.flatten().tolist()
     assert f"{(output.reconstruction - x).square().mean():.4f}</b>" in page
@@ -399,7 +399,7 @@ def test_simultaneous_visitors_do_not_see_each_other(demo):
     from concurrent.futures import ThreadPoolExecutor
 
     def visit(number):
-        session = demo.choose_place(demo.test_digit(number), number)
+        session = demo.choose_place(demo.bundled_digit(number), number)
         session = demo.choose_code(session, number)
         time.sleep(0.01)
         return demo.show_changed_map(session), demo.show_changed_picture(session)

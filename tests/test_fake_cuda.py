@@ -4,8 +4,12 @@ Under FakeTensorMode an operation on tensors of two devices raises an error, and
 comparison in an if, or a result whose size depends on the values do. Only forward passes: the backward pass needs CUDA.
 """
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from helpers import build_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -68,17 +72,41 @@ def test_models_of_every_quantizer_are_tried():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("amp", [False, True])
-def test_training_step_waits_for_nothing_and_stays_on_the_gpu(name, amp, fake):
+def test_training_step_waits_for_nothing_and_stays_on_the_gpu(name, amp, fake, autocast_on_cuda):
     network, images = on_gpu(MODELS[name]).train(), gpu(B, 1, 28, 28, dtype=torch.uint8)
     x = data.to_model_range(images, "cuda")
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):        # that of CUDA needs a GPU
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
         output = network(x)
         losses = vqvae_losses(x, output, 0.25)
-    state = TrainState(order=torch.empty(0), sums=torch.empty(4, dtype=torch.float64), pending_losses=gpu(10, 4))
-    state.add_step(torch.stack(tuple(losses)), B)
-    for tensor in (*losses, *output, code_counts(output.indices, K), state.losses_since_log()):
+    assert output.reconstruction.dtype == (torch.bfloat16 if amp else torch.float32)
+    for tensor in (*losses, *output, code_counts(output.indices, K)):
         assert tensor.device.type == "cuda"
     assert output.indices.shape == (B, 7, 7) and output.indices.dtype == torch.int64
+
+
+@pytest.fixture
+def autocast_on_cuda(monkeypatch):
+    """torch.autocast("cuda") as on a machine with a GPU that has bfloat16 units."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    _, trainer, _ = build_trainer(tmp_path, "--dataset", "MNIST-10k", "--hidden-size", 4, "--k", K)
+    trainer.bar, trainer.epoch_start, trainer.signals = Bar(), 0.0, SimpleNamespace(agreed=lambda: None)
+    return trainer
+
+
+def test_counting_a_step_waits_once_in_ten(trainer, fake, monkeypatch):
+    trainer.state = TrainState(order=torch.empty(0), sums=torch.empty(4, dtype=torch.float64),
+                               pending_losses=gpu(10, 4), code_counts=gpu(K, dtype=torch.int64))
+    copied, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(FakeTensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: np.zeros(cpu_only(tensor).shape).tolist())
+    for step in range(20):
+        assert copied == [(10, 4)] * (step // 10)
+        trainer.after_step([gpu()] * 4, gpu(K, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,9 +135,11 @@ def test_kmeans_waits_for_nothing(fake):
     assert kmeans(gpu(400, 16), K).shape == (K, 16)
 
 
-def test_step_of_the_prior_waits_for_nothing(fake):
+@pytest.mark.parametrize("amp", [False, True])
+def test_step_of_the_prior_waits_for_nothing(amp, fake, autocast_on_cuda):
     prior, maps, labels = on_gpu(PRIOR).train(), gpu(B, 7, 7, dtype=torch.int16), gpu(B, dtype=torch.int64)
-    loss = -prior.log_prob(maps, labels, labels).mean()
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        loss = -prior.log_prob(maps, labels, labels).mean()
     assert loss.device.type == "cuda" and prior.log_prob(maps).shape == (B,)
 
 
@@ -131,6 +161,11 @@ def test_sampling_waits_once_a_batch(settings, fake, monkeypatch):
         settings = {"given": torch.empty(B, settings["given"], dtype=torch.uint8)}
     maps = on_gpu(PRIOR).eval().sample(torch.empty(B, dtype=torch.int64), generator=None, **settings)
     assert maps.shape == (B, 7, 7) and maps.device.type == "cuda" and waits == ["cuda"]
+    given = settings.pop("given", None)
+    maps = samples.sample_maps(PRIOR, torch.empty(B, dtype=torch.int64), settings, None, given=given)
+    assert maps.device.type == "cpu" and waits == ["cuda"] * 2
+    samples.sample_columns(PRIOR, 10, 60.0, None)
+    assert waits == ["cuda"] * 3
 
 
 def test_classifier_stays_on_the_gpu(fake):
@@ -140,6 +175,9 @@ def test_classifier_stays_on_the_gpu(fake):
 
 class Bar:
     def update(self, _):
+        pass
+
+    def set_postfix(self, **_):
         pass
 
 

@@ -3,16 +3,19 @@
 python3 tests/test_golden.py writes missing golden files. It is needed only for a new format.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import import_script
 
 import checkpoint
 import data
 from modules import VectorQuantizedVAE
 from prior import CodePrior
+from utils import tensorboard_logs
 
 pytestmark = pytest.mark.rounding
 
@@ -61,6 +64,21 @@ def test_golden_prior_reproduces_its_outputs(name):
     assert actual.keys() == expected.keys() and len(np.unique(expected["log_prob"])) == 3
     for key, value in expected.items():
         assert np.allclose(actual[key], value, rtol=1e-5), key
+
+
+@pytest.mark.parametrize("words, track, expected", [
+    (("VQ-VAE.py", "--output-folder", "run"), "track.txt", {"test_recon": 0.42893, "step": 36}),
+    (("train_prior.py", "--model", "models/run/best.pt"), "prior-track.txt", {"test_nats": 1.8804})])
+def test_run_of_the_first_version_resumes(words, track, expected, tmp_path, monkeypatch):
+    """From before there were validation images, quantizers and gated MLPs. Expected: that version's next epoch."""
+    (tmp_path / "models").mkdir()
+    shutil.copytree(GOLDEN / "run-format-1", tmp_path / "models" / "run")
+    monkeypatch.chdir(tmp_path)
+    script, *flags = words
+    import_script(script).main([*flags, "--resume", "--num-epochs", "2"])
+    rows = (tmp_path / "models" / "run" / track).read_text().splitlines()
+    row = tensorboard_logs.track_row(rows, 2)
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=0.02)
 
 
 def test_every_format_has_a_golden_file():

@@ -24,6 +24,19 @@ def make_prior(num_codes=3, height=2, width=2, gated=True, **kwargs):
     return prior.eval()
 
 
+def make_calibrated():
+    """make_prior() with a code that is often in the tail, and e⁴ times as probable there by its calibration."""
+    prior, labels = make_prior(), torch.full((81,), 1)
+    with torch.no_grad():
+        prior.head.bias[2] -= 7
+        raw = prior(all_maps(), labels)
+        assert (raw.log_softmax(dim=2) < -6.5).any() and (raw.log_softmax(dim=2) > -5.5).any()
+        before = prior.log_prob(all_maps(), labels).exp()
+        prior.tail[1:] = 4
+        assert (prior.log_prob(all_maps(), labels).exp() - before).abs().max() > 0.01
+    return prior
+
+
 def all_maps():
     return torch.tensor(list(itertools.product(range(3), repeat=4))).view(81, 2, 2)
 
@@ -42,7 +55,7 @@ def test_gated_mlp_matches_its_equation_in_float64():
 
 @pytest.mark.parametrize("label", [None, 0, 3])
 def test_probabilities_of_all_maps_sum_to_one(label):
-    prior, maps = make_prior(), all_maps()
+    prior, maps = make_calibrated(), all_maps()
     labels = None if label is None else torch.full((81,), label)
     probabilities = prior.log_prob(maps, labels).double().exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
@@ -113,7 +126,7 @@ def test_cached_sampling_matches_the_full_forward_pass(temperature, top_k, guida
 
 
 def test_given_codes_are_kept_and_the_others_follow_from_them():
-    prior, count = make_prior(), 20_000
+    prior, count = make_calibrated(), 20_000
     given = torch.tensor([[2, 0]]).expand(count, 2)
     samples = prior.sample(torch.full((count,), 1), generator=torch.Generator().manual_seed(0),
                            given=given.to(torch.uint8))
@@ -129,7 +142,7 @@ def test_given_codes_are_kept_and_the_others_follow_from_them():
 
 
 def test_sampled_frequencies_match_the_probabilities():
-    prior, count = make_prior(), 40_000
+    prior, count = make_calibrated(), 40_000
     for label, temperature in ((2, 1.0), (4, 1.0), (1, 0.5)):
         samples = prior.sample(torch.full((count,), label), temperature, generator=torch.Generator().manual_seed(0))
         map_numbers = (samples.view(count, 4) * torch.tensor([27, 9, 3, 1])).sum(dim=1)
@@ -275,11 +288,11 @@ def test_calibration_changes_smoothly_so_that_cached_and_full_logits_agree():
         depth = -raw.log_softmax(dim=2)
         assert (depth > 8).any() and (depth < 5).any()
         expected = raw + torch.from_numpy(np.interp(depth, 5.5 + np.arange(13), prior.tail.numpy()))
-        assert (logits - expected).abs().max() < 1e-4
-        assert torch.allclose(logits.double().softmax(dim=2).sum(dim=2), torch.ones(40, 12, dtype=torch.float64))
+        assert 10 < logits.abs().max() < 40
+        assert (logits - expected).abs().max() < 4e-5                 # the rounding of such logits
         # Position by position with a cache, as the sampler computes them.
         cached, compute = [], prior._logits
         prior._logits = lambda hidden: cached.append(compute(hidden)) or cached[-1]
         sampled = prior.sample(labels, generator=torch.Generator().manual_seed(0))
         prior._logits = compute
-        assert (torch.stack(cached, dim=1) - prior(sampled, labels)).abs().max() < 1e-4
+        assert (torch.stack(cached, dim=1) - prior(sampled, labels)).abs().max() < 4e-5

@@ -17,7 +17,7 @@ from torch import nn
 import checkpoint
 import data
 import vector_quantizer
-from modules import VectorQuantizedVAE, check_quantizer
+from modules import VectorQuantizedVAE, check_quantizer, check_training_mode
 from utils import arguments
 from utils.train_state import TrainState
 from vector_quantizer import QUANTIZERS, FiniteScalarQuantizer, VectorQuantizer
@@ -79,6 +79,7 @@ def test_check_changes_no_state_and_draws_nothing(name):
     quantizer = make_quantizer(name)
     before, random_state = {key: value.clone() for key, value in quantizer.state_dict().items()}, torch.get_rng_state()
     check_quantizer(quantizer, 512, D)
+    check_training_mode(quantizer)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
     assert all(parameter.grad is None for parameter in quantizer.parameters())
@@ -175,11 +176,20 @@ def test_gradient_that_cancels_is_refused(monkeypatch):
         VectorQuantizedVAE(1, 8, 16, quantizer="cancelling")
 
 
-def test_training_refuses_a_broken_quantizer_in_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(QUANTIZERS, "broken", type("Broken", (VectorQuantizer,), {"lookup": None}))
+def detached_in_training(self, z_e):
+    output = VectorQuantizer.forward(self, z_e)
+    return output._replace(z_q=output.z_q.detach()) if self.training else output
+
+
+@pytest.mark.parametrize("methods, words", [
+    ({"lookup": None}, "vector_quantizer.py: it has no lookup()"),
+    ({"forward": detached_in_training}, "vector_quantizer.py in training mode: no gradient of forward()'s z_q")])
+def test_training_refuses_a_broken_quantizer_in_one_line_and_writes_nothing(methods, words, monkeypatch, tmp_path,
+                                                                            capsys):
+    monkeypatch.setitem(QUANTIZERS, "broken", type("Broken", (VectorQuantizer,), methods))
     monkeypatch.chdir(tmp_path)
     line = expect_usage_error("VQ-VAE.py", [*SMALL_FLAGS, "--quantizer", "broken"], capsys)
-    assert "the quantizer Broken" in line and "it has no lookup()" in line and not (tmp_path / "models").exists()
+    assert "the quantizer Broken" in line and words in line and not (tmp_path / "models").exists()
 
 
 # ---------------------------------------------------------------- shapes

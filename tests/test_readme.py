@@ -18,7 +18,8 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT /
 TEXT = "\n".join(PAGES.values())
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
            "export.py", "demo.py", "docs/figures.py", "benchmarks/speed.py", "benchmarks/sizes.py",
-           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py")
+           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py",
+           "benchmarks/quantizers.py")
 MAX_LINES = 280             # of the README
 # Documented flags of other programs.
 FOREIGN_FLAGS = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--logdir",
@@ -103,11 +104,15 @@ def test_every_documented_flag_exists():
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) <= known | FOREIGN_FLAGS
 
 
-def test_every_documented_command_parses(tmp_path, monkeypatch):
+@pytest.fixture
+def documented_inputs(tmp_path, monkeypatch):
     (tmp_path / "my photos").mkdir()
     (tmp_path / "my photos" / "beach.jpg").touch()
     (tmp_path / "drawing.png").touch()
     monkeypatch.chdir(tmp_path)
+
+
+def test_every_documented_command_parses(documented_inputs):
     assert len(commands()) > 60
     for script, *words in commands():
         if words == ["--help"]:
@@ -116,6 +121,26 @@ def test_every_documented_command_parses(tmp_path, monkeypatch):
             assert not words
         else:
             import_script(script).get_parser().parse_args(words)
+
+
+def test_commands_of_a_page_write_different_pictures(documented_inputs):
+    script = import_script("generate.py")
+    shipped = {"dataset": {"name": "MNIST"}}
+    for path, text in PAGES.items():
+        commands = re.findall(r"^python3 generate\.py (.*)$", text, flags=re.MULTILINE)
+        names = []
+        for args in map(script.get_parser().parse_args, map(shlex.split, commands)):
+            names.append(str(args.filename or script.default_name(args, shipped)).removesuffix(".png"))
+        assert len(names) == len(set(names)), (path, names)
+
+
+def test_documented_selections_of_tests_select_some():
+    selections = re.findall(r"pytest ([^`\n]*) -k (\w+|\"[^\"]+\")", TEXT)
+    assert len(selections) >= 3
+    for paths, words in selections:
+        code = "\n".join((ROOT / path).read_text() for path in paths.split())
+        for word in words.strip('"').split(" or "):
+            assert re.search(rf"^def test_\w*{word}", code, flags=re.MULTILINE), (paths, word)
 
 
 def test_make_runs_the_commands_of_the_readme():

@@ -172,7 +172,7 @@ def test_codes_are_held_in_the_smallest_integers(num_codes, dtype):
     maps = code_maps.encode(model, [(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), None)], "cpu")
     assert maps.dtype == dtype and torch.equal(model.decode(maps), model.decode(maps.long()))
     network = prior.CodePrior(num_codes, 2, 2, layers=1, embedding=4, heads=1).eval()
-    assert samples.sample_maps(network, torch.zeros(2, dtype=torch.int64), {}, None, "cpu").dtype == dtype
+    assert samples.sample_maps(network, torch.zeros(2, dtype=torch.int64), {}, None).dtype == dtype
     assert torch.equal(network.log_prob(maps), network.log_prob(maps.long()))
 
 

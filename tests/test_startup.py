@@ -20,7 +20,8 @@ from utils import arguments
 
 SCRIPTS = ("VQ-VAE.py", "train_prior.py", "train_classifier.py", "generate.py", "evaluate.py", "codes.py",
            "export.py", "demo.py", "docs/figures.py", "testers.py", "benchmarks/speed.py", "benchmarks/sizes.py",
-           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py")
+           "benchmarks/completions.py", "benchmarks/demo.py", "benchmarks/reproduce.py", "benchmarks/compare.py",
+           "benchmarks/quantizers.py")
 HEAVY_PACKAGES = "torch", "torchvision", "numpy", "PIL", "tensorboard", "tqdm", "matplotlib", "gradio"
 
 

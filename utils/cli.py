@@ -182,8 +182,8 @@ def flag_name(name):
 def add_speed_arguments(group):
     """The flags of both training scripts that make a step faster."""
     group.add_argument("--amp", action="store_true",
-                       help="take products and convolutions in bfloat16 if that is faster on this device, which is "
-                            "measured and printed first (default: float32)")
+                       help="take products and convolutions in bfloat16 if the device has units for it or, where torch "
+                            "cannot tell, a small step is faster; prints the choice (default: float32)")
     group.add_argument("--compile", action="store_true",
                        help="compile the step with torch.compile: takes up to half a minute at the start "
                             "(default: not compiled)")

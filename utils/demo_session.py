@@ -57,13 +57,12 @@ class Demo:
                              f"which shows up to {LARGEST_MAP}×{LARGEST_MAP}: train one with a larger --downsample or "
                              "a smaller --image-size")
         self.device = next(model.parameters()).device
-        self.light_on_dark = contents["dataset"]["name"] in data.LIGHT_ON_DARK
-        self.test_images = data.load("MNIST-10k", "")[1].images if self.shape == (1, 28, 28) else None
+        self.digits = data.load("MNIST-10k", "")[1].images if self.shape == (1, 28, 28) else None
         self.can_draw = self.shape[0] == 1
         self.counts = self.all_patches = None
-        if self.test_images is not None:
+        if self.digits is not None:
             with torch.no_grad():
-                maps = [model.encode(data.to_model_range(batch, self.device)) for batch in self.test_images.split(100)]
+                maps = [model.encode(data.to_model_range(batch, self.device)) for batch in self.digits.split(100)]
             self.counts = code_counts(torch.cat(maps), self.num_codes).tolist()
         if self.num_codes <= ALL_CODES:
             self.all_patches = self._patches(range(self.num_codes))
@@ -71,9 +70,9 @@ class Demo:
     # ---------------------------------------------------------------- pictures to start from
 
     def start(self):
-        """The Session that a visitor begins with: a test digit, or where there is none a gradient of grey or colour."""
-        if self.test_images is not None:
-            return self.open(self.test_images[0])
+        """The Session that a visitor begins with: a bundled digit, or where there is none a gradient of grey or colour."""
+        if self.digits is not None:
+            return self.open(self.digits[0])
         C, H, W = self.shape
         ramps = [torch.linspace(0, 255, W).expand(H, W), torch.linspace(255, 0, H)[:, None].expand(H, W),
                  torch.linspace(255, 0, W).expand(H, W)]
@@ -88,9 +87,9 @@ class Demo:
         """A Session for a drawing, a list of strokes of points."""
         return self.open(code_pictures.draw_strokes(strokes, *self.shape[1:]))
 
-    def test_digit(self, number):
-        """A Session for one of the bundled test digits."""
-        return self.open(self.test_images[_integer(number, len(self.test_images), "the number of a test digit")])
+    def bundled_digit(self, number):
+        """A Session for one of the bundled digits."""
+        return self.open(self.digits[_integer(number, len(self.digits), "the number of a digit")])
 
     def invert(self, session):
         """A Session for the negative of the same picture."""
@@ -219,7 +218,7 @@ class Demo:
             f"The {len(codes)} codes of {self.num_codes:,} that are most similar")
         text = f"{which}, by their distance to code {own} at row {row}, column {column}, which comes first."
         if self.counts is not None:
-            text += (" Above each number, how often the code is used in the 1,000 test digits. Many patches are dark, "
+            text += (" Above each number, how often the code is used in 1,000 bundled digits. Many patches are dark, "
                      "since a code also describes what surrounds it.")
         if best:
             text += " The favourites are outlined."

@@ -15,10 +15,14 @@ from utils.memory import is_out_of_memory
 
 
 def find_device(name):
-    """The name of a device of this machine; "auto" means the best one. Raises ValueError if it is not there."""
+    """The name of a device of this machine, made torch's current one if it is a GPU; "auto" means the best one.
+
+    Its convolutions are then in float32, as on a CPU: by default cuDNN rounds their operands to TF32, of ten bits, by
+    which codes differ. Raises ValueError if the device is not there.
+    """
     if name == "auto":
         # A run records this choice, so that on another machine it is not resumed on another device unasked.
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: there is no Apple GPU: use --device cpu; a Mac with Apple silicon and "
                          "a build of torch for it are needed")
@@ -27,6 +31,10 @@ def find_device(name):
                          "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    if name.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = False
+    if name.startswith("cuda:"):        # not of "cuda", for which use_own_gpu() may choose another
+        torch.cuda.set_device(int(name[5:]))
     return name
 
 
@@ -74,7 +82,7 @@ def open_prior(args, model, contents):
         if args.guidance != 1 and not prior.drop_label:
             raise ValueError(f"--guidance {args.guidance:g}: it was trained with --drop-label 0 and knows no images "
                              "without a class: leave --guidance out")
-        return prior, contents.get("classes", list(data.DIGITS)), path
+        return prior, contents["classes"], path
 
 
 @contextmanager

@@ -59,7 +59,11 @@ def bfloat16_support(device):
 
 def synchronize(device):
     """Wait until a device has done all that it was given."""
-    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type, lambda: None)()
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 
 def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE_SECONDS, min_rounds=MIN_ROUNDS):
@@ -70,7 +74,7 @@ def measure_step_seconds(step, device, precisions=(False, True), seconds=MEASURE
     warms up. No random state changes.
     """
     kind, best, start, rounds = torch.device(device).type, dict.fromkeys(precisions, math.inf), time.perf_counter(), 0
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+    with torch.random.fork_rng(devices=[torch.device(device)] if kind == "cuda" else []):
         while rounds < min_rounds or time.perf_counter() - start < seconds:
             for amp in precisions:
                 begin = time.perf_counter()

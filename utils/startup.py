@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 
 # Of Ctrl-C, of a job scheduler, and where there is one, of a terminal that is closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads and oneDNN.
+# In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads, oneDNN,
+# cuBLAS and cuDNN.
 LACK_OF_MEMORY = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
-                  "could not create a primitive")
+                  "could not create a primitive", "ALLOC_FAILED")
 
 
 def reports():

@@ -193,9 +193,9 @@ def log_codebook(writer, model, counts, images, epoch):
 def log_hparams(writer, settings, figures):
     """The run's settings (plain values) and its figures {tag: number}, for the HPARAMS tab. Call it last.
 
-    Without add_hparams()'s description of an experiment, TensorBoard takes one from all runs together, and then shows
-    the settings that differ first. With it, those of another run alone would be shown. The table begins with the five
-    figures that are first in the alphabet.
+    Not by add_hparams(), whose summary of an experiment would fix the columns to the settings of one run: without it
+    TensorBoard takes them from all runs, those that differ first. The table begins with the five figures that are first
+    in the alphabet.
     """
     _, start, end = hparams(settings, figures)
     writer.file_writer.add_summary(start)

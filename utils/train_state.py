@@ -3,6 +3,7 @@
 import math
 import os
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,6 +173,23 @@ def set_deterministic(device):
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@contextmanager
+def strictly_deterministic():
+    """Where deterministic algorithms are asked for, do not let torch take another one with a warning.
+
+    The backward pass of its attention has a deterministic form, and takes it only then.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
 def random_states():
     """The states of every generator that a training may draw from, as plain values and tensors."""
     version, numbers, gauss = random.getstate()
@@ -179,7 +197,7 @@ def random_states():
     states = {"python": [version, list(numbers), gauss],
               "numpy": [kind, keys.tolist(), position, has_gauss, cached], "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():         # a training on the CPU must not start CUDA
-        states["cuda"] = torch.cuda.get_rng_state_all()
+        states["cuda"] = [torch.cuda.get_rng_state()]
     return states
 
 
@@ -192,7 +210,6 @@ def restore_random_states(states):
         raise ValueError(f"position {position} of {len(keys)}")
     np.random.set_state((kind, keys, position, has_gauss, cached))
     torch.set_rng_state(states["torch"].cpu())
-    if torch.cuda.is_initialized() and distributed.world_size() > 1 and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][0].cpu())           # of the main process's GPU
-    elif torch.cuda.is_initialized() and len(states.get("cuda", ())) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if torch.cuda.is_initialized() and states.get("cuda"):          # older files have the states of all GPUs
+        own = torch.cuda.current_device() if distributed.world_size() == 1 else 0
+        torch.cuda.set_rng_state(states["cuda"][own if own < len(states["cuda"]) else 0].cpu())

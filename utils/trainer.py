@@ -37,12 +37,12 @@ class Trainer:
     args: the script's arguments; metadata: what its checkpoints hold beside the weights; generator: draws the data's
     order; num_images: the size of the training set; loss_names: of the losses given to after_step(); size_flags: the
     arguments on which the memory of an item depends; step_tag: what the losses' TensorBoard tags begin with, or None if
-    they are logged by epoch alone; patience: after how many epochs without a lower validation loss it stops; totals:
-    tensors of TrainState that are summed over an epoch.
+    they are logged by epoch alone; patience: after how many epochs without a lower validation loss it stops; state: the
+    first values of other fields of TrainState, the track's header and what is counted over an epoch.
     """
 
     def __init__(self, args, files, metadata, model, optimizer, schedule, generator, num_images, loss_names,
-                 size_flags, step_tag=None, patience=math.inf, **totals):
+                 size_flags, step_tag=None, patience=math.inf, **state):
         self.args, self.files, self.metadata, self.model, self.size_flags = args, files, metadata, model, size_flags
         self.optimizer, self.schedule, self.generator = optimizer, schedule, generator
         self.num_images, self.loss_names, self.step_tag, self.patience = num_images, loss_names, step_tag, patience
@@ -56,7 +56,7 @@ class Trainer:
         L = len(loss_names)
         self.state = TrainState(
             order=generator.get_state(), sums=torch.zeros(L, dtype=torch.float64),
-            pending_losses=torch.zeros(LOG_EVERY, L, device=args.device), **totals)
+            pending_losses=torch.zeros(LOG_EVERY, L, device=args.device), **state)
 
     # ---------------------------------------------------------------- the loop
 
@@ -238,22 +238,22 @@ class Trainer:
         self.bfloat16 = distributed.all_reduce_max(int(chosen and distributed.is_main_process())) == 1
         print(line)
 
-    def accelerate(self, forward, compile_if=lambda: True):
-        """forward(x, ...), which runs the model on a batch: compiled with --compile, or for several processes.
+    def accelerate(self, compute_losses, compile_if=lambda: True):
+        """compute_losses(x, ...), which runs the model on a batch: compiled with --compile, or for several processes.
 
         The compiled one takes full batches while compile_if() holds. A smaller batch would be compiled again.
         """
         if distributed.world_size() > 1:
             if self.args.compile and distributed.is_main_process():
                 self._say_not_compiled("it is for a single process")
-            return distributed.data_parallel(self.model, forward)
+            return distributed.data_parallel(self.model, compute_losses)
         if not self.args.compile:
-            return forward
-        compiled = speed.compile_step(forward, self._say_not_compiled)
+            return compute_losses
+        compiled = speed.compile_step(compute_losses, self._say_not_compiled)
 
         def choose(*tensors):
             is_full = len(tensors[0]) == self.args.batch_size
-            return (compiled if is_full and compile_if() else forward)(*tensors)
+            return (compiled if is_full and compile_if() else compute_losses)(*tensors)
         return choose
 
     @staticmethod
