@@ -208,8 +208,8 @@ def add_sources(demo, session):
     with gr.Row(equal_height=False):
         if demo.digits is not None:
             last = len(demo.digits) - 1
-            number = gr.Number(0, label=f"or one of the bundled digits, 0 to {last}", precision=0, minimum=0, maximum=last,
-                               min_width=240, elem_id="number")
+            number = gr.Number(0, label=f"or one of the bundled digits, 0 to {last}", precision=0, minimum=0,
+                               maximum=last, min_width=240, elem_id="number")
             # An empty field is one that is being typed in.
             sources.append((number.change, lambda number: demo.bundled_digit(number or 0), [number], None))
         with gr.Column(min_width=240):
