@@ -121,7 +121,7 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
         os.environ.setdefault(name, value)
     with cli.errors_name_flag("--model", model):
         network, contents = checkpoint.load_model(model, device)
-        demo = Demo(network, contents, *open_prior(prior, network, contents, device))
+        demo = Demo(network, contents, *inputs.open_prior_if_any(prior, network, contents, device))
     with gr.Blocks(title="VQ-VAE", analytics_enabled=False, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)) as page:
         add_tabs(demo)
     page.queue(default_concurrency_limit=AT_ONCE)
@@ -131,21 +131,6 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
     page.launch = functools.partial(page.launch, head=f"<style>{CSS.read_text()}</style>", theme=theme, share=False,
                                     footer_links=[], ssr_mode=False, max_file_size=MAX_UPLOAD)
     return page
-
-
-def open_prior(path, model, contents, device):
-    """The prior at a path, and its classes; without a path that beside the model, or None and () if there is none."""
-    beside = Path(contents["path"]).with_name("prior.pt")
-    if not path and not beside.exists():
-        return None, ()
-    try:
-        with cli.errors_name_flag("--prior", path or beside):
-            prior, prior_contents = checkpoint.load_prior(path or beside, (model, contents), device)
-    except ValueError as error:
-        if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
-            raise
-        return None, ()
-    return prior, prior_contents["classes"]
 
 
 def add_tabs(demo):
