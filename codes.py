@@ -47,7 +47,6 @@ from tqdm import tqdm
 
 import data
 from data import code_maps
-from metrics import samples
 from utils import files, inputs
 from utils.memory import images_that_fit
 
@@ -128,7 +127,7 @@ def decode(model, indices):
     images = []
     maps = torch.from_numpy(indices.astype(np.int32)).to(code_maps.smallest_type(model.quantizer.num_codes))
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
-        for batch in samples.decode_batches(model, maps):
+        for batch in code_maps.decode_batches(model, maps):
             images.append(data.to_bytes(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)

@@ -121,7 +121,7 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
         os.environ.setdefault(name, value)
     with cli.errors_name_flag("--model", model):
         network, contents = checkpoint.load_model(model, device)
-        demo = Demo(network, contents, *open_prior(prior, network, contents, device))
+        demo = Demo(network, contents, *inputs.open_prior_if_any(prior, network, contents, device))
     with gr.Blocks(title="VQ-VAE", analytics_enabled=False, delete_cache=(UPLOAD_SECONDS, UPLOAD_SECONDS)) as page:
         add_tabs(demo)
     page.queue(default_concurrency_limit=AT_ONCE)
@@ -131,21 +131,6 @@ def build(model=checkpoint.PRETRAINED, prior=None, device="cpu"):
     page.launch = functools.partial(page.launch, head=f"<style>{CSS.read_text()}</style>", theme=theme, share=False,
                                     footer_links=[], ssr_mode=False, max_file_size=MAX_UPLOAD)
     return page
-
-
-def open_prior(path, model, contents, device):
-    """The prior at a path, and its classes; without a path that beside the model, or None and () if there is none."""
-    beside = Path(contents["path"]).with_name("prior.pt")
-    if not path and not beside.exists():
-        return None, ()
-    try:
-        with cli.errors_name_flag("--prior", path or beside):
-            prior, prior_contents = checkpoint.load_prior(path or beside, (model, contents), device)
-    except ValueError as error:
-        if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
-            raise
-        return None, ()
-    return prior, prior_contents["classes"]
 
 
 def add_tabs(demo):
@@ -208,8 +193,8 @@ def add_sources(demo, session):
     with gr.Row(equal_height=False):
         if demo.digits is not None:
             last = len(demo.digits) - 1
-            number = gr.Number(0, label=f"or one of the bundled digits, 0 to {last}", precision=0, minimum=0, maximum=last,
-                               min_width=240, elem_id="number")
+            number = gr.Number(0, label=f"or one of the bundled digits, 0 to {last}", precision=0, minimum=0,
+                               maximum=last, min_width=240, elem_id="number")
             # An empty field is one that is being typed in.
             sources.append((number.change, lambda number: demo.bundled_digit(number or 0), [number], None))
         with gr.Column(min_width=240):

@@ -168,9 +168,9 @@ def measure_copies(model, maps, train_set, test_set, args):
     images = {"test_set": _images(Subset(test_set, copies.evenly(test_set.labels, count).tolist()), args)}
     for name in ("samples", "reconstructions"):
         indices, labels = maps[name]
-        images[name] = _decode(model, indices[copies.evenly(labels, count)])
+        images[name] = code_maps.decode(model, indices[copies.evenly(labels, count)])
     images["noisy_copies"] = copies.noisy_shifted(originals, generator)
-    images["reconstructed_copies"] = _decode(model, code_maps.encode(
+    images["reconstructed_copies"] = code_maps.decode(model, code_maps.encode(
         model, [(batch, None) for batch in images["noisy_copies"].split(batch_size)], args.device))
     batches = data.batches(train_set, batch_size, None, args.num_workers)
     with tqdm(total=len(train_set), desc="looking for copies", unit="img", unit_scale=True, leave=False,
@@ -200,11 +200,6 @@ def _images(dataset, args):
     return torch.cat([images for images, _ in data.batches(dataset, COMPARED, None, args.num_workers)])
 
 
-def _decode(model, indices):
-    """The images of code maps (N, h, w): uint8 (N, C, H, W)."""
-    return torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, indices)])
-
-
 def _share(name, share, count):
     """A share of `count` images and its standard error, by name."""
     return {name: share, f"{name}_error": samples.standard_error(share, count)}
@@ -223,7 +218,7 @@ def classify_images(model, classifiers, test_set, maps, args):
         batches = [data.to_model_range(images, args.device) for images, _ in data.batches(
             test_set, images_that_fit(*test_set.shape[1:], HIDDEN_SIZE), None, args.num_workers)]
         for name, (indices, asked) in {"test_set": (None, test_set.labels), **maps}.items():
-            images = batches if indices is None else list(samples.decode_batches(model, indices))
+            images = batches if indices is None else list(code_maps.decode_batches(model, indices))
             for path, classifier in classifiers.items():
                 predictions[path][name] = samples.classify(classifier, images, bar), asked
     return [{"classifier": path, **{name: compare(*predicted, *named["test_set"]) for name, predicted in named.items()}}

@@ -25,7 +25,7 @@ def get_parser():
                         help="the folder to write the files to; it is created (required)")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace the files of a former export there (default: leave them unchanged and stop)")
-    parser.set_defaults(device="cpu", hidden_size=None, k=None, guidance=1)     # read by utils.inputs
+    parser.set_defaults(device="cpu", hidden_size=None, k=None)     # read by utils.inputs
     return parser
 
 
@@ -36,7 +36,6 @@ import importlib.util
 import io
 import json
 import logging
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -49,7 +48,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
 from utils import files, inputs
 from utils.memory import images_that_fit, is_out_of_memory, items_that_fit, maps_that_fit
 
@@ -297,15 +295,7 @@ def open_outputs(folder, overwrite, parts):
 @torch.no_grad()
 def export(args):
     model, contents, path = inputs.open_model(args)
-    prior = classes = None
-    beside = Path(contents["path"]).with_name("prior.pt")
-    if args.prior or beside.exists():
-        try:
-            prior, classes, _ = inputs.open_prior(args, model, contents)
-        except ValueError as error:
-            if args.prior or not isinstance(error.__cause__, checkpoint.OtherModelError):
-                raise
-            print(f"left out: {beside} belongs to another model", file=sys.stderr)
+    prior, classes = inputs.open_prior_if_any(args.prior, model, contents, args.device)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         requirements = files.typed_path("requirements-export.txt")
         raise ValueError(f"no {', '.join(missing)}: install what export.py needs with pip install -r {requirements}")

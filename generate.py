@@ -199,7 +199,7 @@ def complete(model, prior, label, images, generator, args):
     with tqdm(total=len(maps), desc="sampling", unit="img", leave=False, disable=None) as bar:
         maps = samples.sample_maps(prior, torch.full((len(maps),), label), cli.sampling_arguments(args), generator, bar,
                                    given)
-    completed = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
+    completed = code_maps.decode(model, maps)
     return torch.cat([images.unsqueeze(1), completed.unflatten(0, (-1, ROWS))], dim=1).flatten(0, 1)
 
 
@@ -259,7 +259,7 @@ def generate(args):
         map_size = model.map_size(*contents["dataset"]["shape"][1:])
         maps = (sample_prior(model, contents, generator, args) if args.input == "prior" else
                 samples.noise_maps(model, ROWS**2, *map_size, generator, args.device))
-        images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(model, maps)])
+        images = code_maps.decode(model, maps)
     else:
         prior = None if args.complete is None else open_completing_prior(model, contents, args)
         images = input_images(args, contents, path, generator)

@@ -64,7 +64,7 @@ from torch.utils.data import Dataset
 
 import checkpoint
 import data
-from data.code_maps import encode_sets, offsets_up_to, smallest_type
+from data.code_maps import decode, encode_sets, offsets_up_to, smallest_type
 from metrics import nats_per_code, samples
 from modules import DOWNSAMPLES
 from prior import CodePrior
@@ -186,8 +186,7 @@ def log_samples(trainer, vqvae, epoch):
     seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
     most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
     maps, columns = samples.sample_columns(prior, most, seconds, generator)
-    images = [data.to_bytes(batch) for batch in samples.decode_batches(vqvae, maps)]
-    tensorboard_logs.log_samples(trainer.writer, epoch, torch.cat(images), columns)
+    tensorboard_logs.log_samples(trainer.writer, epoch, decode(vqvae, maps), columns)
 
 
 # ---------------------------------------------------------------- what it will cost

@@ -70,7 +70,7 @@ def measure(model, prior, classifier, test_set, args, bar):
         maps = samples.sample_maps(prior, no_class, cli.sampling_arguments(args),
                                    torch.Generator().manual_seed(args.seed), bar,
                                    flat[:, :rows * prior.width])
-        read = samples.classify(classifier, samples.decode_batches(model, maps), bar).digits
+        read = samples.classify(classifier, code_maps.decode_batches(model, maps), bar).digits
         share = (read == digits).double().mean().item()
         yield rows, share, math.sqrt(share * (1 - share) / len(digits))
 

@@ -69,7 +69,6 @@ if __name__ == "__main__":
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -80,6 +79,7 @@ from itertools import pairwise
 from threading import Lock
 
 import torch
+from timed_trainers import load_script
 from tqdm import tqdm
 
 import checkpoint
@@ -87,6 +87,7 @@ import data
 from metrics import evaluate
 from modules import VectorQuantizedVAE, vqvae_losses
 from utils import files
+from utils.environment import processor
 from utils.memory import images_that_fit
 
 # The same for all: the network and batches of the defaults, K = 512, 9 bits a code.
@@ -177,7 +178,7 @@ def train_prior(args, path):
 
 def seconds_of_steps(names):
     """{name: median seconds of a training step}: all take turns in this process, with one thread."""
-    script = cli_script()
+    script = load_script()
     torch.set_num_threads(1)
     x = data.to_model_range(data.load("MNIST-10k", "")[0][:128][0])
     steps, seconds = {}, {name: [] for name in names}
@@ -197,13 +198,6 @@ def seconds_of_steps(names):
                 if number:
                     seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def cli_script():
-    """VQ-VAE.py as a module."""
-    from timed_trainers import load_script
-
-    return load_script()
 
 
 # ---------------------------------------------------------------- everything
@@ -325,8 +319,8 @@ def run(args):
         settings = {"training": TRAINING, "prior": PRIOR, "dataset": args.dataset, "rate_epochs": args.rate_epochs,
                     "num_epochs": args.num_epochs, "prior_epochs": args.prior_epochs}
         results = Results(args.folder / "results.json", settings)
-        results.contents["machine"] = (f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one "
-                                       f"thread, {args.processes} at a time")
+        results.contents["machine"] = (f"torch {torch.__version__}, {processor()}, one thread, {args.processes} at a "
+                                       "time")
         measure(args, names, results)
         for name, line in summarise(names, results, args.seeds).items():
             results.add("table", name, line)

@@ -41,7 +41,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import tempfile
@@ -56,6 +55,7 @@ from workers import Worker, peak_memory, reset_peak_memory
 from modules import VectorQuantizedVAE, vqvae_losses
 from prior import CodePrior
 from utils import files
+from utils.environment import processor
 from utils.speed import keep_freed_memory
 
 # Image size, --downsample, K.
@@ -203,7 +203,7 @@ def folder(args):
 # ---------------------------------------------------------------- everything
 
 def run(args):
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     measured = {part: {"steps": steps, "scripts": scripts, "folder": folder}[part](args)
                 for part in args.parts or PARTS[:2]}
     if args.json:

@@ -1,4 +1,4 @@
-"""The code maps of data sets, on which a prior is trained.
+"""Code maps: encoded and decoded in batches, and those of data sets, on which a prior is trained.
 
 Letters: N images, B of them in a batch, S shifts, C channels, H×W pixels, h×w codes of one map.
 """
@@ -42,6 +42,18 @@ def encode(model, batches, device, bar=None):
         if bar is not None:
             bar.update(len(images))
     return torch.cat(maps)
+
+
+def decode_batches(model, maps):
+    """The images in [-1, 1] of code maps (N, h, w), a batch (B, C, H, W) at a time."""
+    batch_size = images_that_fit(*model.image_size(*maps.shape[1:]), model.quantizer.dim)
+    return (model.decode(batch) for batch in maps.split(batch_size))
+
+
+@torch.no_grad()
+def decode(model, maps):
+    """The images of code maps (N, h, w): uint8 (N, C, H, W), on the CPU."""
+    return torch.cat([data.to_bytes(batch) for batch in decode_batches(model, maps)])
 
 
 def encode_sets(model, train_set, validation_set, test_set, offsets, device, num_workers=0):

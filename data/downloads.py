@@ -16,6 +16,7 @@ from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_sn3_pascalvincent_tensor
 
 from data import DIGITS
+from utils.files import created_folder
 
 DOWNLOAD_TIMEOUT = 30           # seconds without an answer
 
@@ -121,19 +122,14 @@ def _read_idx(name, source, image_path, label_path):
 def _torchvision_sets(name, source, folder):
     """torchvision's training and test set, downloaded. Folders created for a download that fails are removed."""
     raw = folder / source.folder
-    missing = [path for path in (raw, *raw.parents) if not path.exists()]
     try:
         with suppress(RuntimeError):        # already there, possibly in a read-only folder
             return [source.kind(folder, **options) for options in source.options]
-        raw.mkdir(parents=True, exist_ok=True)
-        if not os.access(raw, os.W_OK):
-            raise PermissionError(None, "no permission to write", str(raw))
-        with _socket_timeout(DOWNLOAD_TIMEOUT):
+        with created_folder(raw), _socket_timeout(DOWNLOAD_TIMEOUT):
+            if not os.access(raw, os.W_OK):
+                raise PermissionError(None, "no permission to write", str(raw))
             return [source.kind(folder, **options, download=True) for options in source.options]
-    except BaseException as error:
-        for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+    except Exception as error:
         if isinstance(error, ModuleNotFoundError):
             raise ValueError(f"torchvision reads {name} with {error.name}: install it with pip install {error.name}"
                              ) from error

@@ -147,9 +147,10 @@ def _deep_to_8_bits(image):
 # ---------------------------------------------------------------- written by the scripts
 
 def as_png(picture):
-    """A uint8 picture (3, H, W), such as a grid, in the bytes of a PNG file."""
+    """A uint8 picture (C, H, W) of one or three channels, such as a grid, in the bytes of a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="png")
+    pixels = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(buffer, format="png")
     return buffer.getbuffer()
 
 

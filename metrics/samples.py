@@ -38,12 +38,6 @@ def balanced_labels(num_classes, count):
     return torch.arange(count) * num_classes // count
 
 
-def decode_batches(model, maps):
-    """The images of code maps (N, h, w), a batch at a time."""
-    batch_size = images_that_fit(*model.image_size(*maps.shape[1:]), model.quantizer.dim)
-    return (model.decode(batch) for batch in maps.split(batch_size))
-
-
 @torch.no_grad()
 def sample_maps(prior, labels, sampling, generator, bar=None, given=None):
     """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_type().

@@ -367,6 +367,8 @@ def test_command_serves_the_page_until_ctrl_c():
     assert line == f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)\n", process.communicate()
     page = urlopen(f"http://127.0.0.1:{port}/").read().decode()
     assert "has no prior yet" in page and "train_prior.py --model" in page
+    with pytest.raises(OSError):                # another address of this machine, as one seen from others would be
+        socket.create_connection(("127.0.0.2", port), timeout=5)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (130, "") and errors.endswith("demo.py: interrupted\n"), errors

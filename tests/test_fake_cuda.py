@@ -115,7 +115,7 @@ def test_evaluation_encoding_and_decoding_stay_on_the_gpu(name, fake, monkeypatc
     x, images = gpu(B, 1, 28, 28), torch.empty(B, 1, 28, 28, dtype=torch.uint8)
     assert network.encode(x).device.type == "cuda"
     monkeypatch.setattr("modules.check_indices", lambda indices, _: cpu_only(indices).long())
-    [decoded] = samples.decode_batches(network, torch.empty(B, 7, 7, dtype=torch.int16))
+    [decoded] = code_maps.decode_batches(network, torch.empty(B, 7, 7, dtype=torch.int16))
     assert decoded.device.type == "cuda" and decoded.shape == x.shape
     maps = code_maps.encode(network, [(images, None)], "cuda")
     assert maps.device.type == "cpu" and maps.dtype == code_maps.smallest_type(K)

@@ -309,7 +309,7 @@ def trained_folder(images_folder, tmp_path_factory):
         if script in extra:
             assert f"Left out of {images_folder}, 1 that Pillow cannot read" in result.stderr
             assert result.stderr.count("broken.webp") == 1 and "1 of 80 images cannot be used" in result.stderr
-    assert {path.name for path in (folder / "generatedImages").iterdir()} == {"prior.png", "Bild Nr. 0 ü CMYK.png"}
+    assert {path.name for path in (folder / "generatedImages").iterdir()} == {"mine.png", "Bild Nr. 0 ü CMYK.png"}
     return folder
 
 

@@ -206,7 +206,7 @@ def test_samples_stop_when_the_time_is_up(monkeypatch):
     network = prior.CodePrior(num_codes=9, height=2, width=2, layers=1, embedding=8, heads=1).eval()
     clock = iter(range(10**6))
     monkeypatch.setattr(samples.time, "perf_counter", lambda: next(clock))
-    draw = partial(samples.sample_columns, network, 100, generator=torch.Generator().manual_seed(0), device="cpu")
+    draw = partial(samples.sample_columns, network, 100, generator=torch.Generator().manual_seed(0))
     assert draw(seconds=10**6)[1] == 10
     maps, columns = draw(seconds=12)                    # five ticks of the clock for the first column, one for another
     assert maps.shape == (10 * columns, 2, 2) and 1 < columns < 10

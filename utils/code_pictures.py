@@ -5,13 +5,13 @@ Letters: B images, C channels, H×W pixels, h×w codes of one map, p×p pixels o
 
 import base64
 import html
-import io
 import math
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from data import image_file
 from utils.memory import images_that_fit
 
 PATCH_SIDE = 9              # codes: farther away, none changes the middle patch of the decoder
@@ -119,9 +119,7 @@ def _pen(lines, pen, height, width):
 
 def png(image):
     """uint8 (C, H, W) as the URI of a PNG image, which needs no file."""
-    pixels, buffer = image.permute(1, 2, 0).cpu().numpy(), io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(image_file.as_png(image.cpu())).decode()
 
 
 def figure(image, caption, style=""):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import data
-from data import image_file
-from metrics import code_counts, samples
+from data import code_maps, image_file
+from metrics import code_counts
 from utils import code_pictures, files
 from utils.code_pictures import figure, tiles
 
@@ -70,7 +70,7 @@ class Demo:
     # ---------------------------------------------------------------- pictures to start from
 
     def start(self):
-        """The Session that a visitor begins with: a bundled digit, or where there is none a gradient of grey or colour."""
+        """The Session that a visitor begins with: a bundled digit, else a gradient of grey or colours."""
         if self.digits is not None:
             return self.open(self.digits[0])
         C, H, W = self.shape
@@ -244,8 +244,7 @@ class Demo:
         image[:, self._pixels(hidden)] = HIDDEN
         figures = [figure(image, "kept")]
         if len(maps):
-            with torch.no_grad():
-                images = torch.cat([data.to_bytes(batch) for batch in samples.decode_batches(self.model, maps)])
+            images = code_maps.decode(self.model, maps)
             figures += [figure(image, f"{i + 1}", "completion") for i, image in enumerate(images)]
         share = 100 * int(rows) / self.map_size[0]
         return f'<div class="figures kept" style="--kept:{share:.4g}%">{"".join(figures)}</div>'

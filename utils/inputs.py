@@ -85,6 +85,25 @@ def open_prior(args, model, contents):
         return prior, contents["classes"], path
 
 
+def open_prior_if_any(path, model, contents, device):
+    """→ the prior at a path, and its classes; without a path that beside the model of open_model(), or None and ().
+
+    A prior beside the model that is of another model is left out, and a line says so.
+    """
+    beside = Path(contents["path"]).with_name("prior.pt")
+    if not path and not beside.exists():
+        return None, ()
+    try:
+        with errors_name_flag("--prior", path or beside):
+            prior, prior_contents = checkpoint.load_prior(path or beside, (model, contents), device)
+    except ValueError as error:
+        if path or not isinstance(error.__cause__, checkpoint.OtherModelError):
+            raise
+        print(f"left out: {beside} belongs to another model", file=sys.stderr)
+        return None, ()
+    return prior, prior_contents["classes"]
+
+
 @contextmanager
 def memory_for(flags, advice="for a model of this size, choose smaller ones"):
     """Turn an error for lack of memory into a ValueError that names the flags."""
