@@ -89,6 +89,7 @@ from modules import VectorQuantizedVAE, vqvae_losses
 from utils import files
 from utils.environment import processor
 from utils.memory import images_that_fit
+from utils.speed import keep_freed_memory
 
 # The same for all: the network and batches of the defaults, K = 512, 9 bits a code.
 TRAINING = "--batch-size 128 --hidden-size 40 --k 512 --beta 0.25 --lr-schedule cosine --validation-images 0"
@@ -177,9 +178,10 @@ def train_prior(args, path):
 # ---------------------------------------------------------------- the seconds of a step
 
 def seconds_of_steps(names):
-    """{name: median seconds of a training step}: all take turns in this process, with one thread."""
+    """{name: seconds of the fastest training step}: all take turns in this process, with one thread."""
     script = load_script()
     torch.set_num_threads(1)
+    keep_freed_memory()             # as a training does
     x = data.to_model_range(data.load("MNIST-10k", "")[0][:128][0])
     steps, seconds = {}, {name: [] for name in names}
     for name in names:
@@ -197,7 +199,7 @@ def seconds_of_steps(names):
                 optimizer.step()
                 if number:
                     seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 # ---------------------------------------------------------------- everything

@@ -290,15 +290,19 @@ def draw_quantizers(figures):
     """The error of each quantizer against the nats of its prior. figures: {name: those of a line of the table}."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     panel = figure.subplots()
-    nats = [of["nats_per_map"] for of in figures.values()]
-    for name, of in figures.items():
-        position, is_right = (of["nats_per_map"], of["mse"]), of["nats_per_map"] > (min(nats) + max(nats)) / 2
-        panel.errorbar(*position, yerr=of["half_range"], color=BLUE, marker="o", capsize=3)
-        panel.annotate(name, position, xytext=(-6 if is_right else 6, 4), textcoords="offset points",
-                       ha="right" if is_right else "left")
+    positions = {name: (of["nats_per_map"], of["mse"]) for name, of in figures.items()}
+    first, *_, last = sorted(nats for nats, _ in positions.values())
+    for name, (nats, mse) in positions.items():
+        panel.errorbar(nats, mse, yerr=figures[name]["half_range"], color=BLUE, marker="o", capsize=3)
+        # To the left of its point, if another one or the edge is near on the right.
+        is_left = nats > last - 0.2 * (last - first) or any(
+            0 < other - nats < 0.3 * (last - first) and abs(error / mse - 1) < 0.05
+            for other, error in positions.values())
+        panel.annotate(name, (nats, mse), xytext=(-6 if is_left else 6, 4), textcoords="offset points",
+                       ha="right" if is_left else "left")
     panel.set(xlabel="nats a map of a short prior, on the test set (fewer: easier to model)",
               ylabel="test MSE on [−1, 1] (log scale)", yscale="log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_locator(NullLocator())
     return figure
