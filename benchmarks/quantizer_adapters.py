@@ -1,4 +1,4 @@
-"""Quantizers of vector-quantize-pytorch for this repository's scripts: they are added to QUANTIZERS under these names.
+"""Quantizers of vector-quantize-pytorch under the names that add_to_quantizers() gives them.
 
 python3 benchmarks/quantizer_adapters.py VQ-VAE.py --quantizer cosine ... runs a script with them.
 """
@@ -102,9 +102,12 @@ def residual(num_codes, dim):
     return Adapter(num_codes, dim, inner, inner.get_output_from_indices, RESIDUAL_SIZES)
 
 
-QUANTIZERS |= {make.__name__: make for make in (cosine, rotation, simvq, bsq, residual)}
+def add_to_quantizers():
+    """Add them to QUANTIZERS, so that --quantizer and checkpoints know them in this process."""
+    QUANTIZERS.update({make.__name__: make for make in (cosine, rotation, simvq, bsq, residual)})
 
 
 if __name__ == "__main__":
+    add_to_quantizers()
     sys.argv = [str(ROOT / sys.argv[1]), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

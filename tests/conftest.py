@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 from helpers import run_script, write_mnist
 
+from vector_quantizer import QUANTIZERS
+
 try:
     import fcntl
 except ImportError:         # Windows: each worker creates its own folder
@@ -41,6 +43,15 @@ def shared_folder(tmp_path_factory, name, fill):
             fill(temporary)
             temporary.rename(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_quantizers():
+    """Quantizers that a test adds are gone after it."""
+    before = QUANTIZERS.copy()
+    yield
+    QUANTIZERS.clear()
+    QUANTIZERS.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -184,6 +184,7 @@ def test_adapted_quantizers_keep_the_contract():
 
     from modules import VectorQuantizedVAE
 
+    quantizer_adapters.add_to_quantizers()
     for name in ("cosine", "rotation", "simvq", "bsq", "residual"):
         torch.manual_seed(0)
         model = VectorQuantizedVAE(1, 16, 512, quantizer=name)          # which checks it

@@ -175,7 +175,6 @@ SETTINGS = {
 def test_other_quantizers_and_sizes_are_exported(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vector_quantizer, "SignQuantizer", None, raising=False)
-    monkeypatch.setitem(vector_quantizer.QUANTIZERS, "sign", None)              # removed again after the test
     page = (ROOT / "docs" / "your-own-quantizer.md").read_text()
     exec(re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1], vars(vector_quantizer))
     config, shape = SETTINGS[name]

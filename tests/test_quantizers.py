@@ -38,7 +38,6 @@ def add_example():
 @pytest.fixture(autouse=True)
 def example(monkeypatch):
     monkeypatch.setattr(vector_quantizer, "SignQuantizer", None, raising=False)
-    monkeypatch.setitem(QUANTIZERS, "sign", None)           # removed again after the test
     add_example()
 
 
