@@ -17,7 +17,7 @@ QUANTIZER_ARGUMENTS = "codebook_update", "codebook_init", "restart_after", "leve
 
 
 def get_parser(quantizers=()):
-    """The parser. quantizers: their names, which only torch knows; without them any name is accepted."""
+    """The parser. quantizers: the names that --quantizer takes; empty before torch is imported, when it takes any."""
     parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
 
@@ -35,7 +35,38 @@ def get_parser(quantizers=()):
     cli.add_validation_images(group)
     cli.add_num_workers(group)
 
-    group = parser.add_argument_group("model")
+    add_model_flags(parser.add_argument_group("model"), quantizers)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch-size", type=arguments.integer(1), default=128, metavar="N",
+                       help=f"images per step, of all processes together {shown}")
+    group.add_argument("--num-epochs", "--num_epoch", type=arguments.integer(1), default=10, metavar="N",
+                       help=f"passes over the training set {shown}")
+    group.add_argument("--lr", type=arguments.number(above=0), default=2e-4, metavar="RATE",
+                       help=f"peak learning rate of Adam {shown}")
+    group.add_argument("--lr-schedule", type=arguments.one_of(*SCHEDULES), default="constant", metavar="NAME",
+                       help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
+    group.add_argument("--beta", type=arguments.number(minimum=0, below=1e6), default=1.0, metavar="β",
+                       help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
+    group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
+                       help=f"seed of weights, data order and restarts {shown}")
+    group.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
+                       help=f"{arguments.DEVICES} {shown}")
+    cli.add_speed_arguments(group)
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-folder", type=arguments.name_inside("models"), default="vqvae", metavar="NAME",
+                       help=f"the run's name: writes models/NAME and logs/NAME {shown}")
+    group.add_argument("--keep-every", type=arguments.integer(0), default=1, metavar="EPOCHS",
+                       help="write model_EPOCH.pt every EPOCHS epochs, besides best.pt and last.pt; 0 means never "
+                            "(default: %(default)s)")
+    cli.add_run_arguments(group, "a run of that name, its prior included")
+    return parser
+
+
+def add_model_flags(group, quantizers):
+    """The flags of network and quantizer."""
+    shown = "(default: %(default)s)"
     group.add_argument("--hidden-size", "--hidden-size-vae", type=arguments.integer(1), default=40, metavar="D",
                        help=f"size D of a latent vector and of the hidden layers {shown}")
     group.add_argument("--k", type=arguments.integer(1), default=512, metavar="K",
@@ -52,35 +83,10 @@ def get_parser(quantizers=()):
     group.add_argument("--codebook-init", type=arguments.one_of(*CODEBOOK_INITS), default="kmeans", metavar="HOW",
                        help=f"kmeans on the first batch's latents, or uniform in ±1/K {shown}")
     group.add_argument("--restart-after", type=arguments.integer(0), default=20, metavar="STEPS",
-                       help=f"move a code unused for so many steps onto a latent; 0 means never {shown}")
+                       help="reset a code unused for STEPS steps to a random latent of the batch; 0 means never "
+                            "(default: %(default)s)")
     group.add_argument("--levels", type=arguments.levels, default=arguments.LEVELS, metavar="L,L,...",
-                       help=f"of fsq: to how many levels each number of a code is rounded {shown}")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch-size", type=arguments.integer(1), default=128, metavar="N",
-                       help=f"images per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", "--num_epoch", type=arguments.integer(1), default=10, metavar="N",
-                       help=f"passes over the training set {shown}")
-    group.add_argument("--lr", type=arguments.number(above=0), default=2e-4, metavar="RATE",
-                       help=f"learning rate of Adam, the highest one of a schedule {shown}")
-    group.add_argument("--lr-schedule", type=arguments.one_of(*SCHEDULES), default="constant", metavar="NAME",
-                       help=f"constant; cosine: falls to 0; onecycle: rises for 30 %% of the steps, then falls {shown}")
-    group.add_argument("--beta", type=arguments.number(minimum=0, below=1e6), default=1.0, metavar="β",
-                       help=f"weight of the commitment loss, useful from 0.1 to 2.0 {shown}")
-    group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
-                       help=f"seed of weights, data order and restarts {shown}")
-    group.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
-                       help=f"{arguments.DEVICES} {shown}")
-    cli.add_speed_arguments(group)
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-folder", type=arguments.name_inside("models"), default="vqvae", metavar="NAME",
-                       help=f"the run's name: writes models/NAME and logs/NAME {shown}")
-    group.add_argument("--keep-every", type=arguments.integer(0), default=1, metavar="EPOCHS",
-                       help="write model_EPOCH.pt after every so many epochs, besides best.pt and last.pt; 0 means "
-                            f"never {shown}")
-    cli.add_run_arguments(group, "a run of that name")
-    return parser
+                       help=f"fsq only: number of levels of each dimension; K is their product {shown}")
 
 
 def check_arguments(parser, args):
@@ -117,7 +123,7 @@ from utils.trainer import Trainer
 from utils.training_data import describe_best, describe_split, load_batches
 from vector_quantizer import QUANTIZERS
 
-PROJECTOR_IMAGES = 1000     # those in which the codes' surroundings are looked at
+PROJECTOR_IMAGES = 1000     # test images, whose reconstructions give the codes' pictures in the projector
 # Letters: B images, C channels, H×W pixels, h×w latents of size D, K codes.
 
 
@@ -183,8 +189,8 @@ def log_epoch(trainer, epoch, evaluated, test_counts, batches):
         tensorboard_logs.log_images(writer, model, batches.shown, epoch)
     if epoch == args.num_epochs:
         with trainer.optional("the codebook in the projector"):
-            most = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
-            tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:most][0].cpu(), epoch)
+            max_images = tensorboard_logs.images_in_grid(PROJECTOR_IMAGES, *batches.test_set.shape[1:])
+            tensorboard_logs.log_codebook(writer, model, test_counts, batches.test_set[:max_images][0].cpu(), epoch)
         best = values if state.best_epoch == epoch else tensorboard_logs.track_row(state.track, state.best_epoch)
         figures = {"at_end/test_mse": evaluated["test"].reconstruction, "at_end/test_perplexity": values["perplexity"],
                    "at_end/test_used": values["used"], "best/epoch": state.best_epoch,
@@ -194,7 +200,7 @@ def log_epoch(trainer, epoch, evaluated, test_counts, batches):
 
 
 def hparams(trainer):
-    """The settings that a run's figures depend on."""
+    """The hyperparameters that a run's metrics depend on."""
     args = trainer.args
     left_out = ("data_folder", "num_workers", "output_folder", "overwrite", "resume", "save_every", "keep_every",
                 "compile", *set(QUANTIZER_ARGUMENTS) - quantizer_settings(args).keys())
@@ -237,7 +243,7 @@ def build_trainer(args, files, batches, saved=None):
                 "dataset": batches.dataset}
     if saved:
         check_metadata(metadata, saved)
-    with inputs.memory_for(f"--hidden-size {args.hidden_size} --k {args.k}"):
+    with inputs.explain_out_of_memory(f"--hidden-size {args.hidden_size} --k {args.k}"):
         model = VectorQuantizedVAE(**config)
         check_training_mode(model.quantizer)
         model.to(args.device, memory_format=speed.memory_format(args.device))
@@ -281,7 +287,7 @@ def check_folders(args, models, logs, last):
 
 
 def begin_run(trainer, models, logs, last):
-    """Take over the run's folders, and write args.json."""
+    """Save the first checkpoint, remove the former run's files, and write args.json."""
     args = trainer.args
     check_folders(args, models, logs, last)         # another run may have been faster
     numbered = [path for path in models.glob("model_*.pt") if re.fullmatch(r"model_[1-9]\d*\.pt", path.name)]

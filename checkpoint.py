@@ -43,6 +43,7 @@ from vector_quantizer import QUANTIZERS
 
 FORMAT = 1
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "vqvae.pt"
+PRETRAINED_PRIOR = PRETRAINED.with_name("prior.pt")
 CLASSIFIER = PRETRAINED.with_name("classifier.pt")
 CLASSIFIERS = CLASSIFIER, PRETRAINED.with_name("classifier-transformer.pt")
 MAX_DEPTH = 9               # of nested dictionaries and lists
@@ -115,14 +116,14 @@ def _check_values(contents, size):
 
     Shared references and deep nesting could turn a small file into large contents.
     """
-    waiting, seen = [(contents, 0)], set()
-    while waiting:
-        value, depth = waiting.pop()
+    pending, seen = [(contents, 0)], set()
+    while pending:
+        value, depth = pending.pop()
         if isinstance(value, dict | list | tuple) and value:
             if id(value) in seen or depth > MAX_DEPTH:
                 raise ValueError("a shared or deeply nested value")
             seen.add(id(value))
-            waiting += ((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
+            pending += ((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
         elif torch.is_tensor(value):
             size -= value.numel() * value.element_size()
             if size < 0 or value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():

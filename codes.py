@@ -125,10 +125,10 @@ def encode(model, dataset, args):
 def decode(model, indices):
     """Codes (N, h, w) of any integer type → uint8 images (N, C, H, W)."""
     images = []
-    maps = torch.from_numpy(indices.astype(np.int32)).to(code_maps.smallest_type(model.quantizer.num_codes))
+    maps = torch.from_numpy(indices.astype(np.int32)).to(code_maps.smallest_dtype(model.quantizer.num_codes))
     with tqdm(total=len(indices), desc="decoding", unit="img", unit_scale=True, leave=False, disable=None) as bar:
         for batch in code_maps.decode_batches(model, maps):
-            images.append(data.to_bytes(batch).numpy())
+            images.append(data.to_uint8(batch).numpy())
             bar.update(len(batch))
     return np.concatenate(images)
 

@@ -1,4 +1,4 @@
-"""A page to try a model on: python3 demo.py [--model models/NAME/best.pt] [--prior models/NAME/prior.pt] ...
+"""An interactive demo in the browser: python3 demo.py [--model models/NAME/best.pt] [--prior models/NAME/prior.pt] ...
 
 Draw a digit and see its codes, change a code and see the picture follow, and have the prior draw new digits or finish
 yours. The page is at http://127.0.0.1:7860 and is served by this machine alone. Without --model it shows the shipped
@@ -44,7 +44,7 @@ def host(text):
     except ValueError:
         if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?", text):
             return text
-        raise argparse.ArgumentTypeError(f"{text!r} is no address: give one such as 127.0.0.1 or 0.0.0.0") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address: give one such as 127.0.0.1 or 0.0.0.0") from None
 
 
 if __name__ == "__main__":
@@ -85,7 +85,8 @@ UPLOAD_SECONDS = 3600           # after which a file that was uploaded is remove
 # Of a visitor's events of one kind that come while one is answered, the last one is answered next.
 QUICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
 AT_ONCE = 4                     # requests answered at the same time
-# Gradio sums up the times of so many requests after every so many: all of them after each would take longer than most.
+# Gradio recomputes statistics of its last 10,000 events after every event, which takes longer than most requests here:
+# of 100 events, after every 1,000.
 QUEUE_STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000"}
 
 INTRODUCTION = """# What a VQ-VAE does

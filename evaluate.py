@@ -58,13 +58,13 @@ import checkpoint
 import data
 from data import code_maps, image_file, image_folder
 from metrics import copies, evaluate, nats_per_code, perplexity, samples
-from metrics.classifier import HIDDEN_SIZE
+from metrics.classifier import ACTIVATIONS_PER_PIXEL
 from utils import files, inputs
 from utils.memory import images_that_fit
 
 NUM_SAMPLES = 10_000            # equally many of each class
-COMPARED = 2_000                # images of each kind that are compared with the training images, of large ones
-COMPARED_BYTES, LEAST_COMPARED = 2**25, 100         # as many as have so many bytes, but not fewer than so many images
+MAX_COMPARED = 2_000            # images of each kind that are compared with the training images; of large images only
+COMPARED_BYTES, MIN_COMPARED = 2**25, 100           # as many as fit into COMPARED_BYTES, at least MIN_COMPARED
 PAIR_SIDE = 84                  # pixels, to which the images in the picture of pairs are enlarged
 
 
@@ -156,13 +156,13 @@ def measure_copies(model, maps, train_set, test_set, args):
     """How many images are copies of training images, by kind, as a plain dictionary; the closest pairs of samples.
 
     threshold is the ratio of metrics.copies.ratios() that a hundredth of the test images are below, flagged the share
-    of images below it, closest the ratios of the samples in the pairs. Of each kind up to COMPARED images are taken,
-    evenly over the classes. Beside samples, test images and their reconstructions there are true copies, to show that
-    they are found: training images with noise, moved by a pixel, and what the model makes of these.
+    of images below it, closest the ratios of the samples in the pairs. Of each kind up to MAX_COMPARED images are
+    taken, evenly over the classes. Beside samples, test images and their reconstructions there are true copies, to show
+    that they are found: training images with noise, moved by a pixel, and what the model makes of these.
     """
     generator = torch.Generator().manual_seed(args.seed)
     batch_size = images_that_fit(*test_set.shape[1:], model.quantizer.dim)
-    count = min(COMPARED, max(LEAST_COMPARED, COMPARED_BYTES // math.prod(test_set.shape)))
+    count = min(MAX_COMPARED, max(MIN_COMPARED, COMPARED_BYTES // math.prod(test_set.shape)))
     rows = copies.evenly(train_set.labels, count)
     originals = _images(Subset(train_set, rows.tolist()), args)
     images = {"test_set": _images(Subset(test_set, copies.evenly(test_set.labels, count).tolist()), args)}
@@ -197,7 +197,7 @@ def draw_pairs(pairs):
 
 def _images(dataset, args):
     """All images of a data set: uint8 (N, C, H, W)."""
-    return torch.cat([images for images, _ in data.batches(dataset, COMPARED, None, args.num_workers)])
+    return torch.cat([images for images, _ in data.batches(dataset, MAX_COMPARED, None, args.num_workers)])
 
 
 def _share(name, share, count):
@@ -216,7 +216,7 @@ def classify_images(model, classifiers, test_set, maps, args):
     with tqdm(total=len(classifiers) * (len(test_set) + sum(len(asked) for _, asked in maps.values())),
               desc="classifying", unit="img", unit_scale=True, leave=False, disable=None) as bar:
         batches = [data.to_model_range(images, args.device) for images, _ in data.batches(
-            test_set, images_that_fit(*test_set.shape[1:], HIDDEN_SIZE), None, args.num_workers)]
+            test_set, images_that_fit(*test_set.shape[1:], ACTIVATIONS_PER_PIXEL), None, args.num_workers)]
         for name, (indices, asked) in {"test_set": (None, test_set.labels), **maps}.items():
             images = batches if indices is None else list(code_maps.decode_batches(model, indices))
             for path, classifier in classifiers.items():

@@ -124,19 +124,19 @@ def parts_of(model, prior, image_shape):
     """The Parts of a model, and of its prior if that is not None. They are checked on the images of random codes."""
     _, H, W = image_shape
     h, w = model.map_size(H, W)
-    generator, most = torch.Generator().manual_seed(0), images_that_fit(H, W, model.quantizer.dim)
+    generator, batch_size = torch.Generator().manual_seed(0), images_that_fit(H, W, model.quantizer.dim)
     indices = torch.randint(model.quantizer.num_codes, (max(BATCH_SIZES), h, w), generator=generator)
     decode = Decode(model.quantizer, model.decoder).eval()
-    images = torch.cat([decode(batch) for batch in indices.split(most)])
+    images = torch.cat([decode(batch) for batch in indices.split(batch_size)])
     parts = [Part("encoder", Encode(model.encoder, model.quantizer).eval(),
-                  {"images": images[:most]}, "indices", partial(tied_codes, model),
-                  "where two codes are equally near but for rounding"),
-             Part("decoder", decode, {"indices": indices[:most]}, "images")]
+                  {"images": images[:batch_size]}, "indices", partial(tied_codes, model),
+                  "where two codes are equally near, up to rounding"),
+             Part("decoder", decode, {"indices": indices[:batch_size]}, "images")]
     if prior:
-        most = min(maps_that_fit(prior), items_that_fit(8 * h * w * model.quantizer.num_codes))
+        batch_size = min(maps_that_fit(prior), items_that_fit(8 * h * w * model.quantizer.num_codes))
         # Its logits (B, T, K) are calibrated, as CodePrior.sample() uses them.
         labels = torch.arange(len(indices)) % (prior.num_classes + 1)
-        parts.append(Part("prior", prior, {"indices": indices[:most], "labels": labels[:most]}, "logits"))
+        parts.append(Part("prior", prior, {"indices": indices[:batch_size], "labels": labels[:batch_size]}, "logits"))
     return parts
 
 
@@ -155,10 +155,8 @@ def quiet():
         logging.disable(disabled)
 
 
-def first_line(error):
-    """Of the message of the first cause of an error; torch lets a page follow. Raises it if memory has run out."""
-    if is_out_of_memory(error):
-        raise error
+def describe_root_cause(error):
+    """The first line of the message of an error's root cause, after which torch adds a page."""
     while error.__cause__:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -174,7 +172,9 @@ def trace(part):
                                       dynamic_shapes=tuple({0: batch} for _ in example))
         program = program.run_decompositions(DECOMPOSITIONS)
     except Exception as error:              # a quantizer may do what torch cannot trace, with any kind of error
-        raise ValueError(f"torch.export cannot trace its {part.name}: {first_line(error)}") from error
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"torch.export cannot trace its {part.name}: {describe_root_cause(error)}") from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)      # which names the folders of this machine
@@ -196,7 +196,9 @@ def as_onnx(program, part, metadata):
         exported = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False,
                                      input_names=list(part.inputs), output_names=[part.output])
     except Exception as error:              # of any kind, as in trace()
-        raise ValueError(f"torch.onnx cannot convert its {part.name}: {first_line(error)}") from error
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"torch.onnx cannot convert its {part.name}: {describe_root_cause(error)}") from error
     proto = exported.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]          # where in the code it comes from, with the folders of this machine
@@ -246,7 +248,7 @@ def check(part, run):
             difference, tied = difference[~excused], tied + int(excused.sum())
         largest, elements = max(largest, difference.max().item()), elements + differs.numel()
     text = f"largest difference {largest:.1e}" if expected.is_floating_point() else "equal"
-    return text + f", but for {tied:,} of {elements:,} {part.output} {part.tie}" * bool(tied)
+    return text + f", except {tied:,} of {elements:,} {part.output} {part.tie}" * bool(tied)
 
 
 # ---------------------------------------------------------------- files

@@ -1,10 +1,10 @@
 """Write a 10×10 grid of images: python3 generate.py [--model models/NAME/best.pt] [--input random] ...
 
-`--input test` reconstructs 100 test images of the model's data set, the path of an image or of a folder your own; with
---originals at most 50 of them, each row below its originals. `--complete 3` keeps the upper three rows of codes of ten
-such images, and has the prior draw the others. `--input prior` samples new images from the prior, equally many of each
-class (of digits, row i is the digit i), and `--input random` decodes Gaussian noise, quantized. Without --model it uses
-the shipped one.
+`--input test` reconstructs 100 test images of the model's data set, `--input PATH` your own image or up to 100 images
+of a folder; with --originals there are at most 50, each row below its originals. `--complete 3` keeps the upper three
+rows of codes of ten such images, and has the prior draw the others. `--input prior` samples new images from the prior,
+equally many of each class (for digits, row i shows digit i), and `--input random` decodes Gaussian noise, quantized.
+Without --model it uses the shipped one.
 """
 
 if __name__ == "__main__":
@@ -68,7 +68,7 @@ def check_arguments(parser, args):
     if args.complete is not None:
         parser.check_unused(args, ("originals",), "has no effect with --complete, which shows them: leave it out")
         if args.label is None:
-            parser.check_unused(args, ("guidance",), "is towards a class, add one with --label")
+            parser.check_unused(args, ("guidance",), "needs a class, add one with --label")
     if args.input in ("random", "prior"):
         parser.check_unused(args, ("originals", "complete"), f"is used with images as --input, not with {args.input}")
     if not isinstance(args.input, Path):
@@ -111,8 +111,8 @@ def test_images(args, contents, path, count, generator):
     return torch.cat([images for images, _ in batches])
 
 
-def own_images(path, shape, most, generator):
-    """The image at a path, or as many as `most` of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
+def own_images(path, shape, max_images, generator):
+    """The image at a path, or up to max_images of those in a folder, chosen by generator: uint8 (B, C, H, W)."""
     C, H, W = shape
     with cli.errors_name_flag("--input", path):
         if not path.is_dir() and not path.is_file():
@@ -128,8 +128,8 @@ def own_images(path, shape, most, generator):
 
         paths, images = image_folder.list_files(path), []
         order = torch.randperm(len(paths), generator=generator).tolist()
-        while order and len(images) < most:
-            count = most - len(images)
+        while order and len(images) < max_images:
+            count = max_images - len(images)
             for image in image_folder.map_in_threads(read, [paths[row] for row in order[:count]]):
                 if isinstance(image, ValueError):
                     print(f"left out: {cli.printable(str(image))}", file=sys.stderr)
@@ -206,7 +206,7 @@ def complete(model, prior, label, images, generator, args):
 def reconstruct(model, images, args):
     """uint8 images (B, C, H, W) → their reconstructions, with --originals those as well."""
     batch_size = images_that_fit(*images.shape[2:], model.quantizer.dim)
-    reconstructions = torch.cat([data.to_bytes(model(data.to_model_range(batch, args.device)).reconstruction)
+    reconstructions = torch.cat([data.to_uint8(model(data.to_model_range(batch, args.device)).reconstruction)
                                  for batch in images.split(batch_size)])
     return interleaved(images, reconstructions) if args.originals else reconstructions
 
@@ -224,10 +224,10 @@ def class_number(text, classes):
 
 def input_images(args, contents, path, generator):
     """The images that --input names, as the model is to see them: uint8 (B, C, H, W)."""
-    most = ROWS**2 if args.complete is None else ROWS
+    max_images = ROWS**2 if args.complete is None else ROWS
     if not isinstance(args.input, Path):
-        return test_images(args, contents, path, most, generator)
-    images = own_images(args.input, contents["dataset"]["shape"], most, generator)
+        return test_images(args, contents, path, max_images, generator)
+    images = own_images(args.input, contents["dataset"]["shape"], max_images, generator)
     if args.invert:
         return 255 - images
     if contents["dataset"]["name"] in data.LIGHT_ON_DARK:

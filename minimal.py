@@ -13,7 +13,7 @@ if __name__ == "__main__":
     parser.add_argument("epochs", nargs="?", type=int, default=10)
     args = parser.parse_args()
     if args.epochs < 1:
-        parser.error(f"EPOCHS {args.epochs} is not an integer from 1 on")
+        parser.error(f"EPOCHS {args.epochs} is not a positive integer")
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class VQVAE(nn.Module):
         e, _ = self.quantize(z_e)
         z_q = z_e + (e - z_e).detach()                                # straight-through: value e, gradient to z_e
         x_hat = self.decoder(z_q)
-        reconstruction = F.mse_loss(x_hat, x)                         # −log p(x|z_q), but for constants
+        reconstruction = F.mse_loss(x_hat, x)                         # −log p(x|z_q), up to constants
         codebook = F.mse_loss(e, z_e.detach())                        # ‖sg[z_e] − e‖²: moves the codes
         commitment = F.mse_loss(z_e, e.detach())                      # ‖z_e − sg[e]‖²: moves the encoder
         return x_hat, reconstruction, codebook, commitment

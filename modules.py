@@ -31,7 +31,7 @@ class VQVAEOutput(NamedTuple):
 class Losses(NamedTuple):
     """The three losses of eq. 3, each a mean over elements, and their sum with β."""
 
-    reconstruction: torch.Tensor    # MSE: −log p(x|z_q) of a Gaussian with fixed variance, but for constants
+    reconstruction: torch.Tensor    # MSE: −log p(x|z_q) of a Gaussian with fixed variance, up to constants
     codebook: torch.Tensor          # ‖sg[z_e] − e‖²: trains only the codebook
     commitment: torch.Tensor        # ‖z_e − sg[e]‖², without β: trains only the encoder
     total: torch.Tensor             # reconstruction + codebook + β·commitment
@@ -128,7 +128,7 @@ class VectorQuantizedVAE(nn.Module):
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}")
         if min(hidden_size, num_codes) < 1:
-            raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are integers from 1 on")
+            raise ValueError(f"hidden_size {hidden_size} and num_codes {num_codes} are not both positive integers")
         if type(downsample) is not int or downsample not in DOWNSAMPLES:
             raise ValueError(f"downsample is {', '.join(map(str, DOWNSAMPLES))}, not {downsample}")
         if quantizer not in QUANTIZERS:

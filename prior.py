@@ -45,7 +45,9 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, cache=None, position=None):
-        """cache: keys and values (2, B, heads, T, E/heads), which takes over those of x (B, 1, E), at a position."""
+        """x (B, T, E) → (B, T, E). With a cache, keys and values (2, B, heads, T, E/heads), x is (B, 1, E): its own are
+        written into the cache at the position, and it attends to all up to there.
+        """
         B, T, E = x.shape
         heads = self.queries_keys_values(self.attention_norm(x)).view(B, T, 3, self.heads, E // self.heads)
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
@@ -78,8 +80,8 @@ class CodePrior(nn.Module):
         super().__init__()
         if min(num_codes, height, width, num_classes, num_shifts, layers, embedding, heads) < 1 or embedding % heads:
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
-                             f"{layers} layers, width {embedding} and {heads} heads: sizes are integers "
-                             "from 1 on, and the heads divide the width")
+                             f"{layers} layers, width {embedding} and {heads} heads: sizes are "
+                             "positive integers, and the heads divide the width")
         self.num_codes, self.height, self.width = num_codes, height, width
         self.num_classes, self.drop_label = num_classes, drop_label
         self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one means no class
@@ -132,7 +134,10 @@ class CodePrior(nn.Module):
         return zip(hidden.split(block), codes.split(block))
 
     def log_prob(self, indices, labels=None, shifts=None):
-        """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w)."""
+        """log p(map | label), or log p(map) without labels, in nats: (B,) for maps (B, h, w).
+
+        shifts (B,), or None for none. In training mode labels are dropped at random. Raises ValueError as forward().
+        """
         hidden = self._hidden(indices, labels, shifts)                # (B, T, E)
         losses = [F.cross_entropy(self._logits(rows), codes, reduction="none")
                   for rows, codes in self._blocks_of_rows(hidden, indices)]
@@ -144,7 +149,7 @@ class CodePrior(nn.Module):
 
         temperature divides the logits; top_k keeps only the most probable codes; guidance 1 samples p(map | label), a
         larger one moves away from p(map). given (B, n) are the first n codes of each map, which are kept. generator is
-        one of the CPU, or None for torch's: the samples are the same on every device but for rounding, and in whatever
+        one of the CPU, or None for torch's: the samples are the same on every device up to rounding, and in whatever
         batches they are drawn. Runs in evaluation mode, and restores the mode. Raises ValueError for a label or code
         out of range, temperature ≤ 0, top_k < 1, or weights that give no probabilities.
         """
@@ -157,7 +162,7 @@ class CodePrior(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature {temperature} is not above 0")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k {top_k} is not an integer from 1 on")
+            raise ValueError(f"top_k {top_k} is not a positive integer")
         labels, given = self._labels(labels, len(labels)), self._given(given, len(labels))
         was_training = self.training
         self.eval()
@@ -295,7 +300,7 @@ def sample_codes(logits, draws, top_k=None):
 def _uniform_like(labels):
     """A random number in [0, 1) for each of labels (B,).
 
-    Of several processes each draws for the whole batch and takes its shard, so that all generators stay in step.
+    With several processes, each draws for the whole batch and takes its shard, so that all generators stay in step.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return torch.rand(len(labels), device=labels.device)

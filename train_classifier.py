@@ -27,7 +27,7 @@ def get_parser():
     parser.add_argument("--batch-size", type=arguments.integer(2), default=128, metavar="N",
                         help=f"images per step {shown}")
     parser.add_argument("--lr", type=arguments.number(above=0), default=3e-3, metavar="RATE",
-                        help=f"highest learning rate of AdamW, on a one-cycle schedule {shown}")
+                        help=f"peak learning rate of AdamW, on a one-cycle schedule {shown}")
     parser.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                         help=f"seed of weights, data order and augmentation {shown}")
     parser.add_argument("--device", type=arguments.device, default="cpu", metavar="NAME",
@@ -50,7 +50,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import checkpoint
 import data
-from metrics.classifier import ARCHITECTURES, HIDDEN_SIZE
+from metrics.classifier import ACTIVATIONS_PER_PIXEL, ARCHITECTURES
 from utils import event_files, files, inputs, speed, tensorboard_logs
 from utils.distributed import launch_command
 from utils.memory import images_that_fit
@@ -64,7 +64,10 @@ COLUMNS = {"epoch": "d", "train_loss": ".4f", "test_accuracy": ".4f", "seconds":
 
 
 def augment(x):
-    """Images (B, 1, H, W), each rotated, scaled and shifted a little; draws from torch's generator."""
+    """Images (B, 1, H, W), each rotated, scaled and shifted a little; draws from torch's generator.
+
+    A transform for each image, where torchvision's RandomAffine draws one for the whole batch.
+    """
     B = len(x)
     rotation, zoom, shift_x, shift_y = (torch.rand(4, B, device=x.device) * 2 - 1)
     cosine = torch.cos(rotation * MAX_ROTATION) * (1 + zoom * MAX_ZOOM)
@@ -102,7 +105,7 @@ def test_accuracy(model, test_set, device):
     """The share of test images that the classifier recognises, in evaluation mode."""
     model.eval()
     correct = 0
-    for images, labels in data.batches(test_set, images_that_fit(*test_set.shape[1:], HIDDEN_SIZE)):
+    for images, labels in data.batches(test_set, images_that_fit(*test_set.shape[1:], ACTIVATIONS_PER_PIXEL)):
         correct += (model(data.to_model_range(images, device)).argmax(dim=1).cpu() == labels).sum().item()
     return correct / len(test_set)
 
@@ -157,7 +160,7 @@ def run(args, parser, argv):
         trainer.print_track()
         with trainer.running():
             accuracy = train(trainer, batches, test_set)
-    prior = files.typed_path(checkpoint.PRETRAINED.with_name("prior.pt"))
+    prior = files.typed_path(checkpoint.PRETRAINED_PRIOR)
     print(f"Test accuracy {accuracy:.2%}\n  classifier  {run_files.best}\n  logs        {logs}\n"
           "Next: " + files.command("evaluate.py", "--prior", prior, "--classifier", run_files.best))
 

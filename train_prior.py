@@ -23,13 +23,13 @@ def get_parser():
     group.add_argument("--layers", type=arguments.integer(1), default=4, metavar="N",
                        help=f"blocks of the transformer {shown}")
     group.add_argument("--width", type=arguments.integer(1), default=192, metavar="E",
-                       help=f"size of its hidden vectors {shown}")
+                       help=f"width of the transformer, the size of its embeddings {shown}")
     group.add_argument("--heads", type=arguments.integer(1), default=6, metavar="N",
                        help=f"attention heads, a divisor of the width {shown}")
     group.add_argument("--dropout", type=arguments.number(minimum=0, below=1), default=0.0, metavar="P",
                        help=f"share of activations dropped in training, against overfitting {shown}")
     group.add_argument("--drop-label", type=arguments.number(minimum=0, below=1), default=0.1, metavar="P",
-                       help=f"share of maps trained on without their class {shown}")
+                       help=f"probability of dropping the class in training, for classifier-free guidance {shown}")
 
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=arguments.integer(1), default=32, metavar="N",
@@ -37,14 +37,14 @@ def get_parser():
     group.add_argument("--num-epochs", type=arguments.integer(1), default=40, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=arguments.number(above=0), default=2e-3, metavar="RATE",
-                       help=f"highest learning rate of AdamW, after a warm-up and before a cosine {shown}")
+                       help=f"peak learning rate of AdamW: linear warm-up, then cosine decay {shown}")
     group.add_argument("--shift", type=arguments.integer(0, 4), default=1, metavar="PIXELS",
-                       help=f"also train on images shifted by up to so many pixels, each marked as such {shown}")
+                       help=f"also train on images shifted by up to PIXELS pixels; the prior is told the shift {shown}")
     group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
     group.add_argument("--sample-every", type=arguments.integer(0), default=1, metavar="EPOCHS",
-                       help="log images sampled from the prior after every so many epochs, as many as take a tenth of "
-                            f"an epoch's time; 0 means never {shown}")
+                       help="log samples from the prior every EPOCHS epochs, as many as can be drawn in a tenth of an "
+                            f"epoch's time; 0 means never {shown}")
     cli.add_speed_arguments(group)
     cli.add_run_arguments(group, "a prior that exists beside the model")
     return parser
@@ -64,7 +64,7 @@ from torch.utils.data import Dataset
 
 import checkpoint
 import data
-from data.code_maps import decode, encode_sets, offsets_up_to, smallest_type
+from data.code_maps import decode, encode_sets, offsets_up_to, smallest_dtype
 from metrics import nats_per_code, samples
 from modules import DOWNSAMPLES
 from prior import CodePrior
@@ -79,11 +79,11 @@ WARM_UP = 0.05                  # of all steps
 WEIGHT_DECAY = 0.1
 BETAS = 0.9, 0.99               # with 0.999 for the second one the test loss falls more slowly
 OLD_CALIBRATION_MAPS = 3000     # that a prior is calibrated on if it began before there were validation maps
-SAMPLED_MAPS = 100              # the most that are sampled to be looked at
+SAMPLED_MAPS = 100              # in TensorBoard after an epoch, at most
 SAMPLE_SHARE = 0.1              # of an epoch's time, for these samples
 MEASURED_CODES = 2048           # in the steps whose time is measured before the training
-LONG_TRAINING = 3600            # seconds, from which on it is said how to make it shorter
-LARGE_MAPS = 10**9              # bytes, from which on it is said how many there are
+LONG_TRAINING = 3600            # seconds: a longer training prints how to shorten it
+LARGE_MAPS = 10**9              # bytes: larger code maps print their size
 PATIENCE = 3                    # epochs without a lower validation loss, after which the training stops
 # Letters: N images, B of them in a batch, h×w codes of one map, S shifts of the images.
 
@@ -149,7 +149,7 @@ def epoch_batches(maps, generator, batch_size):
 
 
 def per_process_dropout(args, step):
-    """Of several processes each draws its own dropout. Without dropout all draw the same: the dropped classes."""
+    """With several processes, each draws its own dropout masks. Without dropout all draw the same: dropped classes."""
     if distributed.world_size() == 1 or not args.dropout:
         return nullcontext()
     return distributed.per_process_rng(args.seed + step * distributed.world_size())
@@ -184,8 +184,8 @@ def log_samples(trainer, vqvae, epoch):
     """
     prior, generator = trainer.model, torch.Generator().manual_seed(trainer.args.seed)
     seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
-    most = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
-    maps, columns = samples.sample_columns(prior, most, seconds, generator)
+    max_maps = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
+    maps, columns = samples.sample_columns(prior, max_maps, seconds, generator)
     tensorboard_logs.log_samples(trainer.writer, epoch, decode(vqvae, maps), columns)
 
 
@@ -209,7 +209,7 @@ def describe_cost(trainer, source):
     seconds, epochs = (1 + SAMPLE_SHARE) * seconds, args.num_epochs - trainer.state.epoch + 1
     line = (f"An image is {h}×{w} = {h * w:,} codes. An epoch takes about {cost.duration(seconds)}, "
             f"the whole training about {cost.duration(epochs * seconds)}.")
-    size = len(offsets_up_to(args.shift)) * N * h * w * smallest_type(vqvae.quantizer.num_codes).itemsize
+    size = len(offsets_up_to(args.shift)) * N * h * w * smallest_dtype(vqvae.quantizer.num_codes).itemsize
     if size > LARGE_MAPS:
         line += f" The code maps take {size / 1e9:.1f} GB of memory" + ", less with --shift 0" * (args.shift > 0) + "."
     if epochs * seconds < LONG_TRAINING:
@@ -223,7 +223,7 @@ def describe_cost(trainer, source):
 
 # ---------------------------------------------------------------- data, model, optimizer
 
-class Source(NamedTuple):
+class FirstStage(NamedTuple):
     """The frozen VQ-VAE, and the images that it encodes."""
 
     vqvae: torch.nn.Module
@@ -236,7 +236,7 @@ class Source(NamedTuple):
     test_set: Dataset
 
 
-def load_source(args, vqvae, contents, path):
+def load_first_stage(args, vqvae, contents, path):
     with cli.errors_name_flag("--batch-size", args.batch_size):
         distributed.per_process_batch_size(args.batch_size, fixed=args.resume)
     dataset, train_set, test_set = inputs.open_data(args, contents)
@@ -244,7 +244,8 @@ def load_source(args, vqvae, contents, path):
     if train_set.shape != shape:
         raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
     train_set, validation_set = hold_out(args, train_set, test_set)
-    return Source(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, validation_set, test_set)
+    return FirstStage(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, validation_set,
+                      test_set)
 
 
 def build_trainer(args, files, source, saved=None):
@@ -263,7 +264,7 @@ def build_trainer(args, files, source, saved=None):
         metadata["classes"] = classes
     if saved:
         check_metadata(metadata, saved)
-    with inputs.memory_for(f"--layers {args.layers} --width {args.width}"), cli.errors_name_flag(
+    with inputs.explain_out_of_memory(f"--layers {args.layers} --width {args.width}"), cli.errors_name_flag(
             f"--heads {args.heads} --width", args.width):
         prior = CodePrior(**config).to(args.device)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY,
@@ -311,11 +312,11 @@ def run(args, parser, argv):
                 args = parser.resumed_arguments(args, argv, saved)
                 args.device = inputs.find_device(args.device)
                 distributed.use_own_gpu(args.device)
-                source = load_source(args, vqvae, contents, path)
+                source = load_first_stage(args, vqvae, contents, path)
                 trainer = build_trainer(args, run_files, source, saved)
                 trainer.load_state(saved)
         else:
-            source = load_source(args, vqvae, contents, path)
+            source = load_first_stage(args, vqvae, contents, path)
             trainer = build_trainer(args, run_files, source)
         trainer.check_same_everywhere(source.test_set.labels.tolist())
         print(f"Training a prior on the codes of {path} for {source.dataset}: "
@@ -326,7 +327,8 @@ def run(args, parser, argv):
         else:
             trainer.choose_precision(nats, random_batch(trainer.model, args))
         print(describe_cost(trainer, source), flush=True)
-        with inputs.memory_for(f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
+        with inputs.explain_out_of_memory(
+                f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
             maps = encode_sets(source.vqvae, source.train_set, source.validation_set, source.test_set,
                                offsets_up_to(args.shift), args.device, args.num_workers)
         if distributed.is_main_process():

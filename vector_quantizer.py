@@ -8,13 +8,15 @@ A quantizer is an nn.Module, made as cls(num_codes, dim, **settings) and named i
     num_codes, dim      integers, K and D
     forward(z_e)        latents (B, D, h, w) → Quantized, of which z_q has a gradient with respect to z_e
     encode(z_e)         the indices (B, h, w) int64 of the same latents
-    lookup(indices)     the codes (B, D, h, w) of indices (B, h, w) int64 in [0, K): forward's z_q, but for rounding
+    lookup(indices)     the codes (B, D, h, w) of indices (B, h, w) int64 in [0, K): forward's z_q, up to rounding
     restarts            optional: how many codes were moved, an int64 scalar; a buffer with persistent=False, changed in
                         place. The training logs it, saves it, and sets it to zero before each epoch
 
 State that has to survive is in parameters and buffers. In evaluation mode none of it changes, and no random number is
-drawn. Nothing outside of this file uses anything else of a quantizer. The quantizers of this file also take latents of
-another rank than 4, as (..., D) with indices (...); those of rank 4 are always (B, D, h, w).
+drawn. Nothing else of a quantizer is used outside of this file, but for the names of its settings, by VQ-VAE.py; of
+VectorQuantizer its state, by checkpoint.py for bare state_dicts; and the operation vector_quantizer::nearest, by
+export.py. The quantizers of this file also take latents of another rank than 4, as (..., D) with indices (...); those
+of rank 4 are always (B, D, h, w).
 """
 
 import math
@@ -121,13 +123,16 @@ def vq_st(inputs, codebook):
     inputs (..., D) and codebook (K, D) → codes like inputs, exactly rows of the codebook, and their flat indices (N,).
     Backward: the gradient of codes is copied unchanged to inputs, and scattered to the rows of the codebook that were
     used, as by an embedding look-up. VectorQuantizer withholds it from its codebook, which has a loss of its own.
+    Raises ValueError as vq() does.
     """
     indices = vq(inputs, codebook)
     return straight_through(inputs, F.embedding(indices, codebook)), indices.flatten()
 
 
 def straight_through(inputs, codes):
-    """codes in value; their gradient goes to inputs too, unchanged: dL/dz_e = dL/dz_q."""
+    """The codes; their gradient is also copied to the inputs, unchanged: dL/dz_e = dL/dz_q. Detach those that have
+    a loss of their own.
+    """
     return codes + (inputs - inputs.detach())                         # adds zero
 
 

@@ -147,7 +147,7 @@ def figures_of(run):
                **{name: last.get(name) for name in SHOWN},
                "seconds": sum(row.get("seconds") or 0 for row in run.track)}
     if run.prior_track:
-        # Without validation images the last epoch is kept, but for runs of earlier versions.
+        # Without validation images the last epoch is kept, except in runs of earlier versions.
         chosen = "val_nats" in run.prior_track[0] or FORMER_COLUMN in run.prior_track[0]
         best = best_epoch(run.prior_track, PRIOR_CHOSEN_BY) if chosen else run.prior_track[-1]
         figures |= {"prior's best epoch": best["epoch"], "prior's test_nats": best.get("test_nats")}

@@ -35,7 +35,7 @@ def get_parser():
 
 
 def check_arguments(parser, args):
-    parser.check_unused(args, ("guidance",), "is towards a class, and none is given here")
+    parser.check_unused(args, ("guidance",), "needs a class, and none is given here")
     if not args.json:
         parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
 
@@ -44,7 +44,6 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
 import json
-import math
 
 import torch
 from torch.utils.data import Subset
@@ -72,7 +71,7 @@ def measure(model, prior, classifier, test_set, args, bar):
                                    flat[:, :rows * prior.width])
         read = samples.classify(classifier, code_maps.decode_batches(model, maps), bar).digits
         share = (read == digits).double().mean().item()
-        yield rows, share, math.sqrt(share * (1 - share) / len(digits))
+        yield rows, share, samples.standard_error(share, len(digits))
 
 
 def holds_completions(path):

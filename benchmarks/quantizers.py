@@ -220,7 +220,7 @@ class Results:
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): move it away") from error
         if not isinstance(self.contents, dict) or not empty.keys() <= self.contents.keys():
-            raise ValueError(f"{path} is no file of results: move it away")
+            raise ValueError(f"{path} is not a file of results: move it away")
         if self.contents["settings"] != settings:
             raise ValueError(f"{path} holds results of other settings ({self.contents['settings']}): choose another "
                              "--folder")
@@ -301,8 +301,8 @@ def summarise(names, results, seeds):
 
 def table(summary):
     """The lines of summarise() as Markdown."""
-    lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats per map | bits per dimension "
+             "| ms per step |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     line = ("| {} | {rate:g} | {mse:.5f} ± {half_range:.5f} | {perplexity:.0f} | {used:.0f} | {nats_per_map:.1f} "
             "| {bits_per_dimension:.4f} | {milliseconds:.1f} |")
     return "\n".join([*lines, *(line.format(name, **figures) for name, figures in summary.items())])

@@ -49,7 +49,7 @@ KINDS = {
     # Two rates may be equally good, and times and ranges differ from machine to machine and from run to run.
     "rate": Kind("learning rate", "g", (0, inf), (0, inf)),
     "range": Kind("half the range of the MSE", ".5f", (0, inf), (0, inf)),
-    "ms": Kind("milliseconds a step", ".1f", (0, inf), (0, inf)),
+    "ms": Kind("milliseconds per step", ".1f", (0, inf), (0, inf)),
 }
 
 

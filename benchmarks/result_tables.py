@@ -140,7 +140,7 @@ TABLES = [
         for kept in range(8)]),
 
     Table("docs/quantizers.md", "Quantizers side by side",
-          "| quantizer | rate | test MSE | perplexity | codes used | nats a map | bits per dimension | ms a step |",
+          "| quantizer | rate | test MSE | perplexity | codes used | nats per map | bits per dimension | ms per step |",
           [quantizer(name) for name in QUANTIZERS]),
 
     Table("docs/own-images.md", "Photographs: CIFAR-10", "| on the 10,000 test images | |", [

@@ -75,7 +75,7 @@ RECIPES = {
                    "--restart-after 100",
 }
 MATMUL_SIZE = 2048              # side of the square matrices whose product gives the machine's peak rate
-PROFILED_STEPS, LEAST_SHARE = 10, 0.01      # of a step's time, from which on an operation is listed
+PROFILED_STEPS, MIN_SHARE = 10, 0.01        # operations below this share of a step's time are not listed
 MAX_TIME_RATIO = 40             # limit for the published recipe, relative to the recommended one: it may never arrive
 
 
@@ -201,7 +201,7 @@ def quality(args):
 # ---------------------------------------------------------------- sampling
 
 def make_sampler(cached, device):
-    prior = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)[0].to(device)
+    prior = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)[0].to(device)
 
     def measure(count):
         labels, generator = torch.arange(count) % prior.num_classes, torch.Generator().manual_seed(0)
@@ -297,7 +297,7 @@ def profile(args):
     medians = {name: statistics.median(found.get(name, 0) for found in rounds) for name in rounds[0]}
     total = sum(medians.values())
     rows = [{"what": name, "ms": round(ms, 1), "share": round(ms / total, 3)}
-            for name, ms in sorted(medians.items(), key=itemgetter(1), reverse=True) if ms >= LEAST_SHARE * total]
+            for name, ms in sorted(medians.items(), key=itemgetter(1), reverse=True) if ms >= MIN_SHARE * total]
     return [*rows, {"what": "all operations", "ms": round(total, 1), "share": 1.0}]
 
 
@@ -315,7 +315,7 @@ def table(rows):
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
 
 
-def environment(device):
+def describe_machine(device):
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     card = {"device": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}
     return {**card, "python": platform.python_version(), **packages, "threads": torch.get_num_threads(),
@@ -334,7 +334,7 @@ def main(argv=None):
             with cli.errors_name_flag("--data-folder", args.data_folder):
                 data.load("MNIST", args.data_folder)
         args.device = inputs.find_device(args.device)
-        report = {"about": environment(args.device)}
+        report = {"about": describe_machine(args.device)}
         print(*(f"{name} {value}" for name, value in report["about"].items()), sep=", ")
         for part in parts:
             try:

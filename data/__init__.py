@@ -23,7 +23,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "MNIST" / "MNIST-10k.npz"
 BUNDLED_ALL = 10_000
 BUNDLED_TRAIN = 9_000           # of the 10,000 bundled digits; the others are the test set
 FOLDER = DATASETS[-1]           # the data set that is any folder of images
-VALIDATION_PART, MAX_VALIDATION = 12, 5000          # by default one of so many training images, at most so many
+VALIDATION_PART, MAX_VALIDATION = 12, 5000          # by default 1/12 of the training images, at most 5,000
 LIGHT_ON_DARK = set(DATASETS) - {"CIFAR10", "SVHN", FOLDER}         # MNIST and its relatives
 DIGITS = tuple("0123456789")
 # Made from the same handwriting, NIST's Special Database 19.
@@ -66,8 +66,8 @@ class Images(Dataset):
 def batches(dataset, batch_size, generator=None, num_workers=None, pin_memory=False):
     """Batches of (uint8 images (B, C, H, W), labels (B,)), an iterable with a length; shuffled by generator, if any.
 
-    Of several processes each then has its own shard of the same order. num_workers: the processes that load the
-    batches, by default none for images in memory and image_folder.default_num_workers() for an image folder.
+    With several processes and a generator, each has its own shard of the same order. num_workers: the processes that
+    load the batches, by default none for images in memory and image_folder.default_num_workers() for an image folder.
     """
     order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
     if generator is not None and distributed.world_size() > 1:
@@ -129,13 +129,16 @@ def to_model_range(images, device="cpu"):
     return images.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-def to_bytes(images):
+def to_uint8(images):
     """Images in [-1, 1] → uint8 in [0, 255] on the CPU, for display."""
     return ((images + 1) / 2).clamp(0, 1).mul(255).round().byte().cpu()
 
 
 def grid(images, columns=8, padding=2):
-    """uint8 images (B, C, H, W) as one picture (3, ...), row by row on black; a single one unframed."""
+    """uint8 images (B, C, H, W) as one picture (3, ...), row by row on black; a single one unframed.
+
+    As torchvision.utils.make_grid(), without importing torchvision, which takes seconds and is needed only to download.
+    """
     B = len(images)
     if B == 1:
         return images[0].expand(3, -1, -1)
@@ -167,9 +170,9 @@ def load(name, folder, shape=None):
 def hold_out(train_set, count=None):
     """Split a training set into images to train on and `count` of them to validate: (training set, validation set).
 
-    By default a twelfth is held out, at most MAX_VALIDATION. Of a data set they are always the same, whatever is
-    trained on it, and a smaller number are among those of a larger one. With count 0 there is no validation set, but
-    None. Raises ValueError if no image to train on would be left.
+    By default a twelfth is held out, at most MAX_VALIDATION. Which ones depends only on the size of the set, and a
+    smaller count is a subset of a larger one. With count 0 there is no validation set, but None. Raises ValueError if
+    no image to train on would be left.
     """
     N = len(train_set)
     count = min(N // VALIDATION_PART, MAX_VALIDATION) if count is None else count
@@ -215,7 +218,7 @@ def seen_in_training(trained_on, name):
                       "(NIST's Special Database 19): it may have seen some of these images.")
     if name == "MNIST-10k":
         return True, (f"The model was trained on {trained_on}, whose training set has the same digits: it has seen "
-                      "these images, so they are no test of it.")
+                      "these images, so this is not a test.")
     return False, ""
 
 

@@ -15,7 +15,7 @@ from utils.memory import images_that_fit
 
 
 class CodeMaps(NamedTuple):
-    """What a prior is trained, chosen and tested on. The codes are of the smallest_type()."""
+    """What a prior is trained, chosen and tested on. The codes are of the smallest_dtype()."""
 
     train: torch.Tensor             # (S, N, h, w), for each shift of the training images
     train_labels: torch.Tensor      # (N,)
@@ -25,18 +25,19 @@ class CodeMaps(NamedTuple):
     test_labels: torch.Tensor       # (N″,)
 
 
-def smallest_type(num_codes):
+def smallest_dtype(num_codes):
     """The smallest integer type of torch for codes from 0 to num_codes − 1. uint16 lacks too many operations."""
     return torch.uint8 if num_codes <= 2**8 else torch.int16 if num_codes <= 2**15 else torch.int32
 
 
 @torch.no_grad()
 def encode(model, batches, device, bar=None):
-    """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels), of the smallest_type().
+    """The code maps (N, h, w), on the CPU, of all images in batches of (uint8 images, labels), of the smallest_dtype().
 
-    The model is in evaluation mode. bar, such as a tqdm, is advanced by update(n) after every n images.
+    The model must be in evaluation mode: else BatchNorm would use and update the statistics of the batch. bar, such as
+    a tqdm, is advanced by update(n) after every n images.
     """
-    maps, dtype = [], smallest_type(model.quantizer.num_codes)
+    maps, dtype = [], smallest_dtype(model.quantizer.num_codes)
     for images, _ in batches:
         maps.append(model.encode(data.to_model_range(images, device)).to(dtype).cpu())
         if bar is not None:
@@ -52,16 +53,16 @@ def decode_batches(model, maps):
 
 @torch.no_grad()
 def decode(model, maps):
-    """The images of code maps (N, h, w): uint8 (N, C, H, W), on the CPU."""
-    return torch.cat([data.to_bytes(batch) for batch in decode_batches(model, maps)])
+    """The images of code maps (N, h, w): uint8 (N, C, H, W), on the CPU. model: in evaluation mode."""
+    return torch.cat([data.to_uint8(batch) for batch in decode_batches(model, maps)])
 
 
 def encode_sets(model, train_set, validation_set, test_set, offsets, device, num_workers=0):
     """The CodeMaps of the sets, the training images moved by each of S offsets (dy, dx) in pixels.
 
-    validation_set may be None. Of several processes each encodes its shard, and all get the complete maps.
+    validation_set may be None. With several processes, each encodes its shard, and all get the complete maps.
     """
-    (H, W), dtype = train_set.shape[1:], smallest_type(model.quantizer.num_codes)
+    (H, W), dtype = train_set.shape[1:], smallest_dtype(model.quantizer.num_codes)
     batch_size = images_that_fit(H, W, model.quantizer.dim)
     train_shard, evaluated = distributed.shard(train_set), []
     shards = [part and distributed.shard(part) for part in (validation_set, test_set)]

@@ -19,7 +19,8 @@ FOREIGN_FORMATS = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262           # tags of EXIF, and of TIFF
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_IS_WHITE = 0                                                    # a value of PHOTOMETRIC
-# What turns an image upright, by the value of ORIENTATION; 1 is upright.
+# What turns an image upright, by the value of ORIENTATION; 1 is upright. ImageOps.exif_transpose() would lose the
+# format and the tags that _to_mode() reads.
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
@@ -61,7 +62,7 @@ def read_image(path, height, width, channels):
     except Exception as error:      # a damaged file makes Pillow raise whatever it trips over
         if _is_of_the_system(error):
             raise
-        raise ValueError(f"{path} is no image that Pillow can read ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path} is not an image that Pillow can read ({' '.join(str(error).split())})") from error
     if is_float:
         raise ValueError(f"{path}: its pixels are floating-point numbers, which have no known white: save it with 8 or "
                          "16 bits")

@@ -26,7 +26,7 @@ from utils.cli import describe_error, printable
 
 MAX_IN_MEMORY = 2**31           # bytes; larger sets are read from their files in every epoch
 MAX_WORKERS = 8                 # that read files, unless another number is asked for
-LARGE_BATCH = 2**24             # bytes, of which each process reads one ahead; of smaller ones two
+LARGE_BATCH = 2**24             # bytes: each worker prefetches one batch above this size, two below
 TEST_SHARE = 0.1                # of the images, if there is no test folder
 NO_CLASS = "."                  # the class of images outside the sub-folders
 # Names of the folders of the training, the test and the validation set, in upper or lower case.
@@ -43,7 +43,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, paths, labels, shape, classes):
         self.paths, self.labels, self.shape, self.classes = paths, labels, shape, classes
-        self.kept = self.is_kept = None         # (N, C, H, W) and (N,), after keep()
+        self.cache = self.is_cached = None         # (N, C, H, W) and (N,), after enable_cache()
         self.unreadable, self.reported = set(), False           # rows whose file cannot be read, as far as is known
         self.last_error = ""                                    # what one of them was refused for
 
@@ -52,7 +52,7 @@ class ImageFiles(Dataset):
 
     def __getstate__(self):
         """What worker processes receive: not the images that are kept, nor the paths of other sets."""
-        return {**vars(self), "kept": None, "is_kept": None, "all_paths": None}
+        return {**vars(self), "cache": None, "is_cached": None, "all_paths": None}
 
     def subset(self, rows):
         """The images of these rows alone, a tensor of indices, none of them kept in memory yet."""
@@ -106,14 +106,15 @@ class ImageFiles(Dataset):
                     self.unreadable.add(source)
         raise ValueError(f"not one of the {len(self):,} images in this set can be used: {self.last_error}")
 
-    def keep(self):
+    def enable_cache(self):
         """Keep images in memory once they have been read, if there is room for all of them."""
         with suppress(RuntimeError):        # torch's lack of memory
-            self.kept, self.is_kept = torch.empty(len(self), *self.shape, dtype=torch.uint8), np.zeros(len(self), bool)
+            self.cache = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+            self.is_cached = np.zeros(len(self), bool)
 
     def missing(self, rows):
         """Those of rows that have to be read."""
-        return rows if self.kept is None else [row for row in rows if not self.is_kept[row]]
+        return rows if self.cache is None else [row for row in rows if not self.is_cached[row]]
 
     def collect(self, rows, read):
         """uint8 images (B, C, H, W) and labels (B,) of rows. read: __getitems__() of the missing ones."""
@@ -123,9 +124,9 @@ class ImageFiles(Dataset):
                 self.unreadable.add(row)
                 self.labels[row] = self.labels[source]
         images = torch.from_numpy(images)
-        if self.kept is not None:
-            self.kept[read_rows], self.is_kept[read_rows] = images, True
-            images = self.kept[rows]
+        if self.cache is not None:
+            self.cache[read_rows], self.is_cached[read_rows] = images, True
+            images = self.cache[rows]
         return images, self.labels[rows]
 
     def report_replaced(self, rows):
@@ -184,7 +185,7 @@ def keep_in_memory(*sets):
     for files in sets:
         size = len(files) * math.prod(files.shape)
         if size <= free:
-            files.keep()
+            files.enable_cache()
             free -= size
 
 

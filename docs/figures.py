@@ -143,9 +143,9 @@ def label(text, width, height, size=LABEL_SIZE):
     return box
 
 
-def to_bytes(images):
+def to_uint8_array(images):
     """Images in [-1, 1] → uint8 arrays of the same shape."""
-    return data.to_bytes(images).numpy()
+    return data.to_uint8(images).numpy()
 
 
 # ---------------------------------------------------------------- the shipped model
@@ -154,7 +154,7 @@ def to_bytes(images):
 def draw_code_map(indices, patches):
     """Indices (h, w), each written on its patch, of patches (h, w, p, p) in [-1, 1]."""
     cell = patches.shape[-1] * CODES_SCALE
-    pixels = to_bytes(patches.transpose(1, 2).flatten(2, 3).flatten(0, 1))                # (h·p, w·p)
+    pixels = to_uint8_array(patches.transpose(1, 2).flatten(2, 3).flatten(0, 1))                # (h·p, w·p)
     image = enlarge(Image.fromarray(pixels), CODES_SCALE).convert("RGB")
     drawing, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, NUMBER_SIZE)
     for i, row in enumerate(indices.tolist()):
@@ -172,7 +172,7 @@ def draw_codes(model, images):
     x = data.to_model_range(images)
     indices = model.encode(x)                                         # (B, h, w)
     patches = code_patches(model, indices, *indices.shape[1:])[:, :, :, 0]          # (B, h, w, p, p)
-    plain = [[enlarge(Image.fromarray(pixels), CODES_SCALE) for pixels in to_bytes(batch[:, 0])]
+    plain = [[enlarge(Image.fromarray(pixels), CODES_SCALE) for pixels in to_uint8_array(batch[:, 0])]
              for batch in (x, model.decode(indices))]
     rows = plain[0], [draw_code_map(*pair) for pair in zip(indices, patches)], plain[1]
     side, caption_height = plain[0][0].width, 2 * CODES_GAP
@@ -192,7 +192,7 @@ def draw_samples(model, prior):
     maps = samples.sample_maps(prior, samples.balanced_labels(prior.num_classes, 10 * prior.num_classes),
                                {"temperature": 1.0, "top_k": None, "guidance": 1.0},
                                torch.Generator().manual_seed(0))
-    pixels = data.grid(data.to_bytes(model.decode(maps)), columns=10, padding=GRID_PADDING)[0].numpy()
+    pixels = data.grid(data.to_uint8(model.decode(maps)), columns=10, padding=GRID_PADDING)[0].numpy()
     grid = enlarge(Image.fromarray(pixels), GRID_SCALE)
     margin = side = grid.height // prior.num_classes
     picture = Image.new("L", (margin + grid.width, margin + grid.height), "white")
@@ -300,7 +300,7 @@ def draw_quantizers(figures):
             for other, error in positions.values())
         panel.annotate(name, (nats, mse), xytext=(-6 if is_left else 6, 4), textcoords="offset points",
                        ha="right" if is_left else "left")
-    panel.set(xlabel="nats a map of a short prior, on the test set (fewer: easier to model)",
+    panel.set(xlabel="nats per map of a short prior, on the test set (fewer: easier to model)",
               ylabel="test MSE on [−1, 1] (log scale)", yscale="log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     panel.yaxis.set_major_formatter("{x:g}")
@@ -323,7 +323,7 @@ def read_quantizers(path):
 def draw(args):
     run, published, ours = (read_logs(f"--{name}", getattr(args, name)) for name in ("run", "published", "ours"))
     model, _ = checkpoint.load_model(checkpoint.PRETRAINED)
-    prior, _ = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)
+    prior, _ = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)
     _, test_set = data.load("MNIST-10k", "MNIST")
     pictures = {"codes.png": draw_codes(model, test_set.images[list(TEST_DIGITS)]),
                 "samples.png": draw_samples(model, prior), "digits-by-epoch.png": digits_by_epoch(run)}

@@ -27,7 +27,7 @@ def evaluate(model, batches, device, beta=1.0):
 
     → (losses, counts): Losses of numbers, means over images whatever the sizes of the batches; int64 counts (K,), how
     often each code was chosen in the whole set. No parameter, buffer or random state changes, and the model's mode is
-    restored. Of several processes each brings its own shard of the set, and all get the figures of the complete set.
+    restored. With several processes, each evaluates its shard of the set, and all get the metrics of the complete set.
     """
     was_training = model.training
     model.eval()
@@ -50,7 +50,7 @@ def evaluate(model, batches, device, beta=1.0):
 def nats_per_code(prior, maps, labels):
     """−log p(map | label) of code maps (N, h, w), on the CPU, the mean over all codes, in evaluation mode.
 
-    Of several processes each takes its shard of the maps, and all get the mean.
+    With several processes, each takes its shard of the maps, and all get the mean.
     """
     was_training, shard = prior.training, distributed.shard_slice()
     prior.eval()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 FEATURES = 128
-HIDDEN_SIZE = 96            # numbers that their largest layers hold for a pixel, at most
+ACTIVATIONS_PER_PIXEL = 96  # at most, in the largest layer of either
 
 WIDTH = 64                  # E
 PATCH = 4                   # pixels along a side

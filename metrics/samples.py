@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.code_maps import smallest_type
+from data.code_maps import smallest_dtype
 from utils.memory import images_that_fit, items_that_fit, samples_that_fit
 
 NEIGHBOURS = 3              # k of precision and recall
@@ -40,12 +40,12 @@ def balanced_labels(num_classes, count):
 
 @torch.no_grad()
 def sample_maps(prior, labels, sampling, generator, bar=None, given=None):
-    """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_type().
+    """A code map for each of labels (N,), on the CPU: (N, h, w) of the smallest_dtype().
 
     sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
     given (N, n) are the first n codes of each map, which are kept.
     """
-    maps, dtype, size = [], smallest_type(prior.num_codes), samples_that_fit(prior)
+    maps, dtype, size = [], smallest_dtype(prior.num_codes), samples_that_fit(prior)
     given = torch.empty(len(labels), 0, dtype=dtype) if given is None else given
     for batch, first in zip(labels.split(size), given.split(size)):
         maps.append(prior.sample(batch, **sampling, generator=generator, given=first).to(dtype).cpu())
@@ -54,15 +54,15 @@ def sample_maps(prior, labels, sampling, generator, bar=None, given=None):
     return torch.cat(maps)
 
 
-def sample_columns(prior, most, seconds, generator):
-    """Sample columns of code maps, in up to ten rows of a class each, until `most` maps are there or the time is up.
+def sample_columns(prior, max_maps, seconds, generator):
+    """Sample columns of code maps, in up to ten rows of a class each, until max_maps are there or the time is up.
 
     → maps (rows · columns, h, w), on the CPU, row by row; the number of columns. Raises RuntimeError if the time is too
     short for one column.
     """
-    start, columns, rows = time.perf_counter(), [], min(10, most, samples_that_fit(prior))
+    start, columns, rows = time.perf_counter(), [], min(10, max_maps, samples_that_fit(prior))
     labels = balanced_labels(prior.num_classes, rows)
-    while not columns or (len(columns) < most // rows and (
+    while not columns or (len(columns) < max_maps // rows and (
             time.perf_counter() - start) * (1 + 1 / len(columns)) < seconds):
         codes = []
         for code in prior.sample_in_order(labels, generator=generator):
@@ -78,13 +78,13 @@ def sample_columns(prior, most, seconds, generator):
 def noise_maps(model, count, height, width, generator, device):
     """The codes nearest to Gaussian noise, as the published sampling draws them, on the CPU: (count, h, w).
 
-    They are of the smallest_type().
+    They are of the smallest_dtype().
     """
     batch_size = images_that_fit(*model.image_size(height, width), model.quantizer.dim)
     maps = []
     for rows in torch.arange(count).split(batch_size):
         z = torch.randn(len(rows), model.quantizer.dim, height, width, generator=generator)
-        maps.append(model.quantizer(z.to(device)).indices.to(smallest_type(model.quantizer.num_codes)).cpu())
+        maps.append(model.quantizer.encode(z.to(device)).to(smallest_dtype(model.quantizer.num_codes)).cpu())
     return torch.cat(maps)
 
 
@@ -92,7 +92,7 @@ def frechet_distance(one, other):
     """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two sets of features (N, F), (M, F), as Gaussians, in float64.
 
     Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule …", there with Inception's features. The trace of
-    the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are real and not negative but for rounding.
+    the root is the sum of the roots of the eigenvalues of Σ₁Σ₂, which are real and non-negative up to rounding.
     Raises ValueError if a feature is not finite, or a set has a single image.
     """
     if min(len(one), len(other)) < 2:

@@ -42,7 +42,7 @@ def test_baseline_quantizers_match_values_and_gradients(nearest):
 
 
 def test_uncached_sampling_matches_cached_sampling():
-    prior = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)[0]
+    prior = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)[0]
     labels = torch.arange(10)
     samples = [draw(labels, generator=torch.Generator().manual_seed(3))
                for draw in (prior.sample, lambda labels, generator: baseline.uncached_sample(prior, labels, generator))]
@@ -175,7 +175,7 @@ def test_completions_benchmark_reports_every_number_of_rows(tmp_path, capsys):
     assert [row["share"] for row in figures["rows"]] == pytest.approx(shares, abs=0.0006)
     assert "exists, replace it with --overwrite" in expect_usage_error("benchmarks/completions.py", flags, capsys)
     line = expect_usage_error("benchmarks/completions.py", ["--guidance", "2"], capsys)
-    assert "--guidance 2.0: is towards a class, and none is given here" in line
+    assert "--guidance 2.0: needs a class, and none is given here" in line
 
 
 def test_adapted_quantizers_keep_the_contract():

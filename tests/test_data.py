@@ -64,8 +64,8 @@ def test_scaling_matches_torchvision_and_inverts():
     for image in (images[0], every_byte):
         scaled = data.to_model_range(torch.from_numpy(image))
         assert torch.allclose(scaled, reference(image)[0], atol=1e-6)
-        assert torch.equal(data.to_bytes(scaled), torch.from_numpy(image))
-    assert data.to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+        assert torch.equal(data.to_uint8(scaled), torch.from_numpy(image))
+    assert data.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 @pytest.mark.parametrize(("count", "channels", "columns"), [(1, 1, 8), (1, 3, 8), (5, 1, 8), (64, 1, 8), (23, 3, 10)])

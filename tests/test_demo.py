@@ -34,7 +34,7 @@ OTHER_MODELS = {"colour 64×64": (3, 64, 512, {}), "5,000 codes": (1, 16, 5000, 
 def demo():
     """A Demo of the shipped model and prior."""
     model, contents = checkpoint.load_model(checkpoint.PRETRAINED)
-    prior, _ = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), (model, contents))
+    prior, _ = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, (model, contents))
     return Demo(model, contents, prior, data.DIGITS)
 
 
@@ -220,7 +220,7 @@ def test_codes_are_changed_undone_and_reset(demo):
     before, after = pictures(demo.show_changed_picture(third))
     with torch.no_grad():
         for picture, codes in ((before, first.codes), (after, expected)):
-            assert np.array_equal(picture, data.to_bytes(demo.model.decode(codes[None]))[0, 0].numpy())
+            assert np.array_equal(picture, data.to_uint8(demo.model.decode(codes[None]))[0, 0].numpy())
     assert "2 of 49 codes changed" in demo.show_changed_map(third)
     assert numbers(demo.show_changed_map(third)) == expected.flatten().tolist()
     assert torch.equal(demo.undo(third).changed, second.changed)
@@ -258,7 +258,7 @@ def test_sample_fills_up_to_the_map_that_the_prior_samples(demo, monkeypatch):
     assert all(frame.count("empty") == 49 - i for i, frame in enumerate(frames, 1))
     assert numbers(frames[-1]) == expected.flatten().tolist()
     with torch.no_grad():
-        decoded = data.to_bytes(demo.model.decode(expected[None]))[0, 0].numpy()
+        decoded = data.to_uint8(demo.model.decode(expected[None]))[0, 0].numpy()
     assert np.array_equal(pictures(frames[-1])[0], decoded)
     assert (pictures(frames[9])[0][8:] == demo_session.HIDDEN).all()
 

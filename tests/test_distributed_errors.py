@@ -99,7 +99,7 @@ def test_bad_input_is_reported_once_by_any_process(mnist_folder, tmp_path):
         assert snapshot(tmp_path) == before
 
 
-# ---------------------------------------------------------------- docs/several-processes.md
+# ---------------------------------------------------------------- docs/distributed.md
 
 def launch(arguments, folder, log):
     """What torchrun does, in a process that has imported torch."""
@@ -114,7 +114,7 @@ def launch(arguments, folder, log):
 
 def test_torchrun_commands_of_the_docs_train(mnist_folder, tmp_path):
     """With smaller settings, and two launchers on this machine in place of several machines."""
-    commands = readme_commands("docs/several-processes.md", "Several processes")
+    commands = readme_commands("docs/distributed.md", "Distributed training")
     assert len(commands) == 3 and all(command[0] == "torchrun" for command in commands)
     small_flags = {"VQ-VAE.py": ["--hidden-size", "4", "--k", "16", "--batch-size", "60", "--num-epochs", "1"],
                    "train_prior.py": ["--layers", "1", "--width", "8", "--heads", "1", "--batch-size", "60",

@@ -90,7 +90,7 @@ def test_pairs_are_written_under_the_policy_of_all_outputs(tmp_path, monkeypatch
     monkeypatch.setattr(data, "load", lambda *given: [data.Images(*part[:64]) for part in load(*given)])
     script = import_script("evaluate.py")
     monkeypatch.setattr(script, "NUM_SAMPLES", 20)
-    prior = str(checkpoint.PRETRAINED.with_name("prior.pt"))
+    prior = str(checkpoint.PRETRAINED_PRIOR)
     words = ["--dataset", "MNIST-10k", "--pairs", "new/pairs.png"]
     line = expect_usage_error(words, capsys)
     assert "--pairs new/pairs.png: is used only with --prior" in line

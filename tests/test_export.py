@@ -185,7 +185,7 @@ def test_other_quantizers_and_sizes_are_exported(name, tmp_path, monkeypatch, ca
     words = ["--model", "model.pt", "--output", "new/folder"]
     script = import_script("export.py")
     if name == "fsq":           # beside a prior of another model, which is left out
-        shutil.copy(checkpoint.PRETRAINED.with_name("prior.pt"), "prior.pt")
+        shutil.copy(checkpoint.PRETRAINED_PRIOR, "prior.pt")
         line = expect_usage_error("export.py", [*words, "--prior", "prior.pt"], capsys)
         assert "--prior prior.pt: this prior belongs to another VQ-VAE than model.pt" in line
     script.main(words)
@@ -261,7 +261,7 @@ def test_check_excuses_only_ties():
     assert script.check(part, part.module) == "equal"
     other = correct.clone()
     other[0, 0, 0] = 1 - other[0, 0, 0]
-    assert "equal, but for 3 of 648 indices" in script.check(part, lambda images: other[:len(images)])
+    assert "equal, except 3 of 648 indices" in script.check(part, lambda images: other[:len(images)])
     other[0, 0, 1] = 1 - other[0, 0, 1]
     with pytest.raises(ValueError, match="1 of 6 of its indices differ from torch's, by up to 1"):
         script.check(part, lambda images: other[:len(images)])

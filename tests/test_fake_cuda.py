@@ -118,7 +118,7 @@ def test_evaluation_encoding_and_decoding_stay_on_the_gpu(name, fake, monkeypatc
     [decoded] = code_maps.decode_batches(network, torch.empty(B, 7, 7, dtype=torch.int16))
     assert decoded.device.type == "cuda" and decoded.shape == x.shape
     maps = code_maps.encode(network, [(images, None)], "cuda")
-    assert maps.device.type == "cpu" and maps.dtype == code_maps.smallest_type(K)
+    assert maps.device.type == "cpu" and maps.dtype == code_maps.smallest_dtype(K)
     copied, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(FakeTensor, "cpu", lambda tensor: copied.append(tuple(tensor.shape)) or cpu(tensor))
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: cpu_only(tensor) is not None and [0.0] * 4)

@@ -192,7 +192,7 @@ def test_completions_keep_the_codes_of_the_upper_rows(complete):
     originals = bundled_digits()[0][9000:][chosen]
     model, _ = checkpoint.load_model(checkpoint.PRETRAINED)
     x = data.to_model_range(torch.from_numpy(originals).unsqueeze(1))
-    codes, reconstructions = model.encode(x), data.to_bytes(model(x).reconstruction).squeeze(1).numpy().astype(int)
+    codes, reconstructions = model.encode(x), data.to_uint8(model(x).reconstruction).squeeze(1).numpy().astype(int)
     for rows in (0, 3, 7):
         grid, labels, maps = complete(rows, *DIGITS)
         assert (labels == 10).all() and maps.shape == (100, 7, 7)     # no class: none is given away
@@ -226,7 +226,7 @@ def test_one_image_gets_a_single_row_of_completions(complete, tmp_path):
 
 def test_completions_that_are_impossible_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    _, saved = checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)
+    _, saved = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)
     checkpoint.save("labelled.pt", {**saved, "config": saved["config"] | {"drop_label": 0.0}})
     before = snapshot(tmp_path)
     model = ("--model", checkpoint.PRETRAINED, "--complete")
@@ -235,7 +235,7 @@ def test_completions_that_are_impossible_are_refused(tmp_path, monkeypatch, caps
             (("3", "--input", "prior"), "--complete 3: is used with images as --input, not with prior"),
             (("3", "--input", "random"), "--complete 3: is used with images as --input, not with random"),
             (("3", "--originals"), "--originals: has no effect with --complete"),
-            (("3", "--guidance", "2"), "--guidance 2.0: is towards a class, add one with --label"),
+            (("3", "--guidance", "2"), "--guidance 2.0: needs a class, add one with --label"),
             (("3", *DIGITS, "--label", "ten"), "--label ten: the prior knows the classes 0 to 9"),
             (("3", *DIGITS, "--prior", "labelled.pt"), "--complete 3: the prior in labelled.pt was trained with")):
         assert line in expect_usage_error("generate.py", [*model, *words], capsys)

@@ -59,7 +59,7 @@ def test_failing_gpu_is_not_taken_for_a_damaged_file(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "to", fail)
     for load in (lambda: checkpoint.load_model(checkpoint.PRETRAINED, "cuda"),
-                 lambda: checkpoint.load_prior(checkpoint.PRETRAINED.with_name("prior.pt"), checkpoint.PRETRAINED)):
+                 lambda: checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)):
         with pytest.raises(torch.OutOfMemoryError):
             load()
     assert memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))

@@ -353,7 +353,7 @@ def test_user_images_are_reconstructed(trained_folder, images_folder, monkeypatc
     import_script("generate.py").main(["--model", "models/mine/best.pt", "--input", str(images_folder / "blau"),
                                        "--overwrite"])
     assert Image.open("generatedImages/blau.png").size == (662, 4 * 66 + 2)       # 32 images
-    assert "notes.txt is no image" in capsys.readouterr().err
+    assert "notes.txt is not an image" in capsys.readouterr().err
     Image.open(path).save(trained_folder / "generatedImages" / "mine.png")
     before = (trained_folder / "generatedImages" / "mine.png").read_bytes()
     for source in ("generatedImages/mine.png", "generatedImages"):

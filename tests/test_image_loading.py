@@ -118,7 +118,7 @@ def test_evaluate_reads_the_test_pictures_once_and_with_a_prior_all_once(num_wor
     arguments = ["--dataset", "folder", "--data-folder", str(tmp_path / "images"), "--num-workers", num_workers]
     script.main(arguments)
     assert reads() == once(tmp_path / "images" / "test")
-    script.main([*arguments, "--prior", str(checkpoint.PRETRAINED.with_name("prior.pt"))])
+    script.main([*arguments, "--prior", str(checkpoint.PRETRAINED_PRIOR)])
     assert reads() == once(tmp_path / "images")
 
 
@@ -183,7 +183,7 @@ def test_shards_of_several_epochs_are_kept_and_equal_the_files(tmp_path, monkeyp
     for _ in range(8):
         images, labels = load_all(batches)
         assert len(labels) == 15 and torch.equal(images, expected[labels])
-    assert set(reads().values()) == {1} and files.is_kept.sum() > 25
+    assert set(reads().values()) == {1} and files.is_cached.sum() > 25
 
 
 def test_no_worker_process_is_started_once_all_images_are_kept(tmp_path, monkeypatch):
@@ -201,9 +201,9 @@ def test_no_worker_process_is_started_once_all_images_are_kept(tmp_path, monkeyp
 def test_workers_receive_no_kept_image_and_return_no_tensor(tmp_path):
     files = make_files(tmp_path, 20)
     size = len(pickle.dumps(files))
-    files.keep()
+    files.enable_cache()
     list(data.batches(files, 4, num_workers=0))
-    assert files.is_kept.all() and len(pickle.dumps(files)) == size
+    assert files.is_cached.all() and len(pickle.dumps(files)) == size
     copy = pickle.loads(pickle.dumps(files))
     assert copy.missing([0, 1]) == [0, 1]
     rows, sources, images = copy.__getitems__([2, 3])
@@ -216,9 +216,9 @@ def test_memory_goes_to_the_first_sets_that_fit(tmp_path, monkeypatch):
                                    (15 * 64, 2, [True, False]), (4 * 64, 1, [False, False])):
         monkeypatch.setattr(image_folder, "MAX_IN_MEMORY", limit)
         monkeypatch.setattr(distributed, "world_size", lambda processes=processes: processes)
-        test.kept = train.kept = None
+        test.cache = train.cache = None
         image_folder.keep_in_memory(test, train)
-        assert [part.kept is not None for part in (test, train)] == kept
+        assert [part.cache is not None for part in (test, train)] == kept
 
 
 def test_default_is_a_worker_for_each_core_of_a_process(monkeypatch):
@@ -240,7 +240,7 @@ def test_default_is_a_worker_for_each_core_of_a_process(monkeypatch):
 def test_next_image_replaces_a_broken_one_and_is_reported_once(num_workers, keep, tmp_path, capsys):
     files = make_files(tmp_path, 20, broken=[3, 4, 9, 19])
     if keep:
-        files.keep()
+        files.enable_cache()
     files[:10]                  # reading a part reports nothing
     assert not capsys.readouterr().err
     sources = torch.tensor([0, 1, 2, 5, 5, 5, 6, 7, 8, 10, 10, 11, 12, 13, 14, 15, 16, 17, 18, 0])

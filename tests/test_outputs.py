@@ -1,4 +1,4 @@
-"""What is at the path of a file that a command writes: the table of docs/when-things-go-wrong.md."""
+"""What is at the path of a file that a command writes: the table of docs/troubleshooting.md."""
 
 import os
 import shutil

@@ -17,7 +17,7 @@ import data
 
 RECORD = (ROOT / "model.txt").read_text()
 TRACK = (ROOT / "Training track for VQ-VAE.txt").read_text()
-PRIOR = checkpoint.PRETRAINED.with_name("prior.pt")
+PRIOR = checkpoint.PRETRAINED_PRIOR
 LOGS = ROOT / "logs_VQ-VAE"
 
 
@@ -51,7 +51,7 @@ def test_colour_model_is_the_one_in_model_txt_and_reconstructs_the_pictures_of_t
     x = data.to_model_range(originals)
     with torch.no_grad():
         reconstructions = model(x).reconstruction
-    assert (data.to_bytes(reconstructions).float() - shown.float()).abs().mean() < 0.5      # a latent between two codes
+    assert (data.to_uint8(reconstructions).float() - shown.float()).abs().mean() < 0.5      # a latent between two codes
     assert 0.008 < (reconstructions - x).square().mean() < 0.018                   # the test set's is 0.0129
 
 

@@ -141,7 +141,7 @@ def test_existing_classifier_is_kept_and_bad_input_is_rejected(classifier_folder
     for arguments, words in ((["--output", "new/judge"], "--output new/judge: models/new/judge.pt: exists"),
                              (["--output", "../judge"], "--output: '../judge'"),
                              (["--output", "new/judge.pt/deeper"], "models/new/judge.pt is not a folder"),
-                             (["--batch-size", "1"], "--batch-size: '1' is not an integer from 2 on"),
+                             (["--batch-size", "1"], "--batch-size: '1' is not an integer of at least 2"),
                              (["--lr", "0"], "--lr: '0'")):
         with pytest.raises(SystemExit) as excinfo:
             import_script("train_classifier.py").main([*arguments, "--dataset", "MNIST-10k"])

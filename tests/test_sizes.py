@@ -165,7 +165,7 @@ def test_other_devices_search_in_larger_blocks(monkeypatch):
 @pytest.mark.parametrize(("num_codes", "dtype"), [(256, torch.uint8), (257, torch.int16), (2**15, torch.int16),
                                                   (2**15 + 1, torch.int32)])
 def test_codes_are_held_in_the_smallest_integers(num_codes, dtype):
-    assert code_maps.smallest_type(num_codes) == dtype
+    assert code_maps.smallest_dtype(num_codes) == dtype
     codes = torch.tensor([[[0, num_codes - 1]]])
     assert torch.equal(codes.to(dtype).long(), codes)
     model = VectorQuantizedVAE(hidden_size=2, num_codes=num_codes, codebook_init="uniform").eval()
@@ -219,7 +219,7 @@ def test_price_counts_steps_tests_and_epochs_left(tmp_path, monkeypatch):
     vqvae = VectorQuantizedVAE(hidden_size=4, num_codes=300)
     sets = [Images(torch.zeros(N, 1, 32, 64, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
             for N in (6000, 600, 900)]
-    source = script.Source(vqvae, "", "", [1, 32, 64], "MNIST", *sets)
+    source = script.FirstStage(vqvae, "", "", [1, 32, 64], "MNIST", *sets)
     measured = []
     monkeypatch.setattr(script.cost.speed, "measure_step_seconds",
                         lambda step, *_, **__: measured.append(step()) or [2.56])

@@ -142,7 +142,7 @@ def test_generate_samples_from_the_prior_next_to_the_model(folder, tmp_path):
 def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypatch, capsys):
     run, script = folder / "models" / "run", import_script("evaluate.py")
     monkeypatch.setattr(script, "NUM_SAMPLES", 600)
-    monkeypatch.setattr(script, "COMPARED", 150)
+    monkeypatch.setattr(script, "MAX_COMPARED", 150)
     torch.manual_seed(0)
     transformer = DigitTransformer().eval()         # it has learned nothing, but measures
     checkpoint.save(tmp_path / "second.pt", {"format": 1, "kind": "classifier", "config": {
@@ -242,7 +242,7 @@ def test_bad_input_gets_one_line_errors(folder, tmp_path, monkeypatch, capsys):
              "--classifier other.pt: the file is not a checkpoint of a classifier"),
             ("train_prior.py", model, "--model models/run/best.pt: models/run/prior.pt: exists"),
             ("train_prior.py", ["--model", "other.pt", "--width", "10"], "--heads 6 --width 10"),
-            ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number from 0"),
+            ("train_prior.py", ["--model", "other.pt", "--dropout", "1"], "--dropout: '1' is not a number of at"),
             ("train_prior.py", ["--model", "other.pt", "--shift", "5"], "'5' is not an integer from 0 to 4"),
             ("train_prior.py", ["--model", "other.pt", "--width", "1200000000000"], "no memory for a model"),
             ("train_prior.py", ["--model", "sub/prior.pt", "--overwrite"], "exists and is not a prior"),

@@ -26,14 +26,14 @@ def integer(minimum, maximum=2**63 - 1):
         except ValueError:
             value = None
         if value is None or not minimum <= value <= maximum:
-            bound = f"from {minimum} on" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
+            bound = f"of at least {minimum}" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer {bound}")
         return value
     return convert
 
 
 def number(above=None, minimum=None, below=math.inf):
-    """A type for finite numbers, above one bound or from one bound on, and below a third."""
+    """A type for finite numbers: value > above or value >= minimum, and value < below."""
     def convert(text):
         try:
             value = float(text)
@@ -41,7 +41,7 @@ def number(above=None, minimum=None, below=math.inf):
             value = math.nan
         if not math.isfinite(value) or (above is not None and value <= above) \
                 or (minimum is not None and value < minimum) or value >= below:
-            bound = f"above {above}" if above is not None else f"from {minimum} on"
+            bound = f"above {above}" if above is not None else f"of at least {minimum}"
             bound += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
         return value

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         return {name: value for name, value in vars(self.parse_args(argv, defaults)).items() if value is not self}
 
     def resumed_arguments(self, args, argv, saved):
-        """The arguments of a resumed run: those in its checkpoint, but for changeable ones that are given anew.
+        """The arguments of a resumed run: those in its checkpoint, except changeable ones that are given anew.
 
         Raises ValueError if one given contradicts the run, or the checkpoint has an invalid value for one.
         """
@@ -182,8 +182,9 @@ def flag_name(name):
 def add_speed_arguments(group):
     """The flags of both training scripts that make a step faster."""
     group.add_argument("--amp", action="store_true",
-                       help="take products and convolutions in bfloat16 if the device has units for it or, where torch "
-                            "cannot tell, a small step is faster; prints the choice (default: float32)")
+                       help="mixed precision: matrix products and convolutions in bfloat16 if the device has units for "
+                            "it or, where torch cannot tell, a small step is faster; prints the choice (default: "
+                            "float32)")
     group.add_argument("--compile", action="store_true",
                        help="compile the step with torch.compile: takes up to half a minute at the start "
                             "(default: not compiled)")
@@ -192,7 +193,7 @@ def add_speed_arguments(group):
 def add_run_arguments(group, what):
     """The flags of both training scripts for saving and resuming. what: that --overwrite replaces."""
     group.add_argument("--save-every", type=arguments.integer(0), default=0, metavar="STEPS",
-                       help="also save the training every so many steps; 0 means only at the end of each epoch "
+                       help="also save a checkpoint every STEPS steps; 0 means only at the end of each epoch "
                             "(default: %(default)s)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true",
@@ -246,11 +247,12 @@ def add_sampling_arguments(parser, without):
     parser.add_argument("--prior", type=arguments.file_name, metavar="PATH",
                         help=f"checkpoint of train_prior.py (default: {without})")
     parser.add_argument("--temperature", type=arguments.number(minimum=0.01, below=100), default=1.0, metavar="T",
-                        help=f"below 1, probable codes become more probable {shown}")
+                        help=f"divides the logits; below 1, samples are cleaner and less diverse {shown}")
     parser.add_argument("--top-k", type=arguments.integer(1), metavar="N",
                         help="sample only from the N most probable codes (default: from all)")
     parser.add_argument("--guidance", type=arguments.number(minimum=0, below=100), default=1.0, metavar="G",
-                        help=f"above 1, the class weighs more; 0 ignores it; 1 is the prior itself {shown}")
+                        help=f"classifier-free guidance scale: above 1 the class weighs more, 1 is the prior itself, 0 "
+                             f"ignores the class {shown}")
 
 
 SAMPLING_ARGUMENTS = ("prior", "temperature", "top_k", "guidance")

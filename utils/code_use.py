@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import to_bytes, to_model_range
+from data import to_model_range, to_uint8
 from utils.memory import images_that_fit
 
 CHART = 640, 360                # pixels, of the chart of shares, which TensorBoard shows at half of its size
@@ -24,7 +24,8 @@ MIN_SIDE, FRAME = 24, 2         # pixels, of a code's picture
 def draw(counts):
     """A chart of K codes by how often each was chosen, counts (K,), the most used first: uint8 (3, height, width).
 
-    The shares are on a logarithmic axis; codes that were not used are marked red below it.
+    Drawn with Pillow, since the scripts do without matplotlib. The shares are on a logarithmic axis; codes that were
+    not used are marked red below it.
     """
     width, height = CHART
     left, top, right, bottom = MARGINS[0], MARGINS[1], width - MARGINS[2], height - MARGINS[3]
@@ -83,9 +84,9 @@ def pictures_of_codes(model, codes, images):
         sizes.index_add_(0, places, torch.ones(len(places)))
     pictures = (sums / sizes.clamp(min=1).unsqueeze(1))[:n].view(n, -1, 3 * f, 3 * f)
     absent = torch.nonzero(sizes[:n] == 0).flatten()
-    for some in absent.split(images_that_fit(3 * f, 3 * f, model.quantizer.dim)):
-        pictures[some] = model.decode(codes[some].view(-1, 1, 1).expand(-1, 3, 3)).cpu().float()
-    return to_bytes(pictures)
+    for batch in absent.split(images_that_fit(3 * f, 3 * f, model.quantizer.dim)):
+        pictures[batch] = model.decode(codes[batch].view(-1, 1, 1).expand(-1, 3, 3)).cpu().float()
+    return to_uint8(pictures)
 
 
 def framed(pictures, counts):

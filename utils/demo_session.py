@@ -167,7 +167,7 @@ class Demo:
             '<div class="figures drawn">', figure(session.picture, f"what the encoder sees: {size}"),
             f"<div>{self.show_map(session.codes.flatten().tolist())}<p class='caption'>{h}×{w} codes of "
             f"{self.num_codes:,}, each number on the patch that its code decodes to</p></div>",
-            figure(data.to_bytes(reconstruction), f"reconstruction from these {h * w} numbers<br>"
+            figure(data.to_uint8(reconstruction), f"reconstruction from these {h * w} numbers<br>"
                    f"mean squared error on [−1, 1]: <b id='mse'>{mse:.4f}</b>"), "</div>"))
 
     def show_map(self, codes, marked=(), attribute=None):
@@ -187,7 +187,7 @@ class Demo:
         return f"{self.show_map(codes, marked, 'place')}<p class='caption'>{note}</p>"
 
     def show_changed_picture(self, session):
-        before, after = (data.to_bytes(self._decode(codes)) for codes in (session.codes, session.changed))
+        before, after = (data.to_uint8(self._decode(codes)) for codes in (session.codes, session.changed))
         return (f'<div class="figures">{figure(before, "before")}'
                 f'{figure(after, "after", "after")}</div>')
 
@@ -230,7 +230,7 @@ class Demo:
         """A map of which only the first codes are there, and the image of these."""
         total = math.prod(self.map_size)
         filled = torch.tensor([*codes, *[codes[0]] * (total - len(codes))]).view(self.map_size)
-        image = data.to_bytes(self._decode(filled))
+        image = data.to_uint8(self._decode(filled))
         image[:, self._pixels(torch.arange(total).view(self.map_size) >= len(codes))] = HIDDEN
         shown = self.show_map([*codes, *[None] * (total - len(codes))])
         place = f"{len(codes)} of {total} codes, with seed {seed}"
@@ -239,7 +239,7 @@ class Demo:
 
     def show_kept(self, session, rows, maps=()):
         """The rows of a drawing that are kept, and its completions, maps (B, h, w)."""
-        image = data.to_bytes(self._decode(session.codes))
+        image = data.to_uint8(self._decode(session.codes))
         hidden = (torch.arange(self.map_size[0]) >= int(rows)).unsqueeze(1).expand(self.map_size)
         image[:, self._pixels(hidden)] = HIDDEN
         figures = [figure(image, "kept")]
@@ -264,7 +264,7 @@ class Demo:
         codes = torch.as_tensor(list(codes))
         if self.all_patches is not None:
             return self.all_patches[codes]
-        return data.to_bytes(code_pictures.code_patches(self.model, codes, *self.map_size))
+        return data.to_uint8(code_pictures.code_patches(self.model, codes, *self.map_size))
 
     def _pixels(self, mask):
         """A mask (H, W) of pixels from one of codes (h, w)."""

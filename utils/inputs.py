@@ -105,7 +105,7 @@ def open_prior_if_any(path, model, contents, device):
 
 
 @contextmanager
-def memory_for(flags, advice="for a model of this size, choose smaller ones"):
+def explain_out_of_memory(flags, advice="for a model of this size, choose smaller ones"):
     """Turn an error for lack of memory into a ValueError that names the flags."""
     try:
         yield

@@ -30,4 +30,4 @@ def samples_that_fit(prior):
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out. torch raises a RuntimeError for that on a CPU."""
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in startup.LACK_OF_MEMORY)
+        words in str(error) for words in startup.OUT_OF_MEMORY_MESSAGES)

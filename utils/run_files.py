@@ -7,14 +7,14 @@ from typing import NamedTuple
 import checkpoint
 from utils import event_files, files, tensorboard_logs
 
-ADVICE = ", or continue one that was interrupted with --resume"
+RESUME_HINT = ", or continue one that was interrupted with --resume"
 
 
 class RunFiles(NamedTuple):
     """Where a training writes, and the command that resumes it."""
 
     last: Path                  # the latest state of the training, to resume from
-    best: Path                  # the model with the lowest validation loss
+    best: Path                  # the model with the lowest validation loss; without validation set, the latest
     track: Path                 # a text file of one line an epoch
     logs: Path                  # TensorBoard's folder
     log_suffix: str             # of its event files
@@ -29,11 +29,11 @@ class RunFiles(NamedTuple):
         if resume and not self.last.is_file():
             raise ValueError(f"there is no {self.last} to --resume: start anew, with --overwrite if there is a {kind}")
         for path in () if resume else (self.best, self.last):
-            files.OutputFile(path, overwrite, f"a {kind}", partial(checkpoint.is_of_kind, kind), ADVICE).check()
+            files.OutputFile(path, overwrite, f"a {kind}", partial(checkpoint.is_of_kind, kind), RESUME_HINT).check()
         if not resume:
-            files.OutputFile(self.track, overwrite, "a track", tensorboard_logs.is_track, ADVICE).check()
+            files.OutputFile(self.track, overwrite, "a track", tensorboard_logs.is_track, RESUME_HINT).check()
         if not (resume or overwrite) and (logs := event_files.own_files(self.logs, self.log_suffix)):
-            raise ValueError(f"{logs[0]}: exists, replace it with --overwrite{ADVICE}")
+            raise ValueError(f"{logs[0]}: exists, replace it with --overwrite{RESUME_HINT}")
         files.check_writable(self.best)
         files.check_writable(self.logs / "events")
 
@@ -44,10 +44,11 @@ class RunFiles(NamedTuple):
                 raise ValueError(f"{path} is not a regular file: move it away")
 
     def clear(self, kind, state, resumed, truncate, former=()):
-        """Remove what a former run has left: its files, besides those of RunFiles the `former` ones, and its logs.
+        """Remove what a former run has left. state: the TrainState, already saved.
 
-        Of a resumed run only the logs of what it does again, by truncate(folder, suffix), and a model of this kind that
-        it has not written. Other files stay. state: the TrainState, already saved.
+        At step 0: `best` (for a resumed run only if it is a checkpoint of this kind), the paths in `former`, and the
+        logs. At a later step only what truncate(folder, suffix) removes from the logs. At any step temporary files, and
+        the lines of the track that are not in the state.
         """
         names = [self.last.name, self.best.name, self.track.name] + ["model_*.pt", "args.json"] * bool(self.every_epoch)
         files.remove_temporary_files(self.last.parent, *names)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads, oneDNN,
 # cuBLAS and cuDNN.
-LACK_OF_MEMORY = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
+OUT_OF_MEMORY_MESSAGES = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
                   "could not create a primitive", "ALLOC_FAILED")
 
 
@@ -29,9 +29,9 @@ def exit_at_once(number, _frame):
     os._exit(128 + number)
 
 
-def explain_lack_of_memory(kind, error, traceback):
+def report_out_of_memory(kind, error, traceback):
     """A sys.excepthook: one line and exit status 2 if there is too little memory to load torch."""
-    if not issubclass(kind, MemoryError) and not any(words in str(error) for words in LACK_OF_MEMORY):
+    if not issubclass(kind, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES):
         sys.__excepthook__(kind, error, traceback)
         return
     if reports():
@@ -51,7 +51,7 @@ def prepare():
         for number in STOP_SIGNALS:
             if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):      # nohup ignores SIGHUP
                 signal.signal(number, exit_at_once)
-    sys.excepthook = explain_lack_of_memory
+    sys.excepthook = report_out_of_memory
 
 
 class Console:

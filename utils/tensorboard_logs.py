@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from data import grid, to_bytes, to_model_range
+from data import grid, to_model_range, to_uint8
 from metrics import perplexity
 from modules import Losses
 from utils import code_use
@@ -146,9 +146,9 @@ def log_code_use(writer, counts, epoch):
     writer.add_image("codebook/use", code_use.draw(counts), epoch)
 
 
-def images_in_grid(most, height, width):
-    """How many images of so many pixels a grid shows: at most `most`, of large images fewer, but four of any size."""
-    return min(most, max(4, GRID_PIXELS // (height * width)))
+def images_in_grid(max_images, height, width):
+    """How many images of a size a grid shows: at most max_images, of large images fewer, but four of any size."""
+    return min(max_images, max(4, GRID_PIXELS // (height * width)))
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def log_images(writer, model, images, epoch):
     device, (H, W) = next(model.parameters()).device, images.shape[2:]
     if epoch == 0:
         writer.add_image("images/original", grid(images, GRID_COLUMNS, GRID_PADDING), 0)
-    reconstructions = [to_bytes(model(to_model_range(batch, device)).reconstruction)
+    reconstructions = [to_uint8(model(to_model_range(batch, device)).reconstruction)
                        for batch in images.split(images_that_fit(H, W, model.quantizer.dim))]
     writer.add_image("images/reconstruction", grid(torch.cat(reconstructions), GRID_COLUMNS, GRID_PADDING), epoch)
 
@@ -179,7 +179,7 @@ def log_codebook(writer, model, counts, images, epoch):
     """The codebook in the embedding projector, each code with its use and a picture of what it stands for.
 
     The picture is that of code_use.pictures_of_codes() for uint8 images (B, C, H, W), in a frame whose colour shows the
-    use. Of more than PROJECTOR_CODES codes, those used most. Leaves the model in evaluation mode.
+    use. Only the PROJECTOR_CODES most used codes are shown. Leaves the model in evaluation mode.
     """
     codes = counts.topk(min(len(counts), PROJECTOR_CODES)).indices.sort().values              # (n,)
     pictures = code_use.pictures_of_codes(model, codes, images)                               # (n, C, 3f, 3f)

@@ -72,7 +72,7 @@ class TrainState:
         return {name: value for name, value in vars(self).items() if value is not None and not name.startswith("_")}
 
     def load(self, saved, steps_per_epoch):
-        """Take over the values that as_dict() gave. Raises ValueError or KeyError if they do not fit."""
+        """Restore the values of as_dict(). Raises ValueError or KeyError if they do not fit."""
         for name, own in self.as_dict().items():
             value = saved[FORMER_NAMES.get(name, name) if name not in saved else name]
             setattr(self, name, _checked(own, value, name))

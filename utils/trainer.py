@@ -28,7 +28,7 @@ from utils.train_state import (
 
 MEASURED_IMAGES = 8     # in the steps that --amp measures before a training
 MACHINE_ARGS = "data_folder", "num_workers", "device"       # arguments that may differ from process to process
-ADVICE = "try a lower rate; the files saved so far predate it"
+LOWER_LR_HINT = "try a lower rate; the files saved so far predate it"
 
 
 class Trainer:
@@ -61,11 +61,11 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def begin(self, former=()):
-        """Take over the run's files: a new training is saved in place of a former one, whose other files then go.
+        """Save the first checkpoint, then remove the files of a former run of this name. Call it before epoch 1.
 
-        former: those that RunFiles does not name. If the first save fails, the former run is unchanged; once it has
-        succeeded, a training that is interrupted here goes on with what is left to do when it is resumed. Raises
-        ValueError if one of these is no file.
+        former: paths to remove besides those of RunFiles. Nothing is removed before the checkpoint is on disk; if the
+        process dies in between, --resume finishes the removal. A resumed run removes only what it logged after its last
+        save. Raises ValueError if one of the paths is not a regular file.
         """
         self.files.check_regular(former)
         if not self.args.resume:
@@ -326,7 +326,7 @@ class Trainer:
                 self.schedule.step()
 
     def note_environment(self):
-        """Of a resumed run: record the environment if it has changed, and print the changes that affect rounding."""
+        """For a resumed run, record the environment if it has changed, and print the changes that affect rounding."""
         now = environment(self.args.device, self.state.step)
         before = self.environments[-1] if self.environments else dict.fromkeys(now, "unknown")
         changed = [name for name in AFFECTS_ROUNDING if before[name] not in (now[name], "unknown")]
@@ -368,7 +368,7 @@ class Trainer:
             for name, value in zip(self.loss_names, values):
                 if not math.isfinite(value):
                     raise ValueError(f"--lr {self.args.lr:g}: the {name} loss of step {step}, in epoch "
-                                     f"{state.epoch}, is {value}: {ADVICE}")
+                                     f"{state.epoch}, is {value}: {LOWER_LR_HINT}")
         return losses
 
     def check_finite(self):
@@ -376,4 +376,4 @@ class Trainer:
         self.finite_losses()
         if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
             raise ValueError(f"--lr {self.args.lr:g}: a weight is not finite after step {self.state.step}, "
-                             f"in epoch {self.state.epoch}: {ADVICE}")
+                             f"in epoch {self.state.epoch}: {LOWER_LR_HINT}")
