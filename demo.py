@@ -318,6 +318,9 @@ def serve(args):
         torch.set_num_threads(1)        # several visitors are answered at once, each on a core
     speed.share_freed_memory()
     page = build(args.model or files.typed_path(checkpoint.PRETRAINED), args.prior, device)
+    # Gradio asks its own server for a page, which no proxy would find.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), args.host, "127.0.0.1", "localhost"]))
     page.launch(server_name=args.host, server_port=args.port, quiet=True, prevent_thread_lock=True)
     try:
         print(f"The page is at http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port} "

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     startup.prepare()
 
 import argparse
+import os
 from pathlib import Path
 
 from utils import arguments, cli
@@ -53,7 +54,9 @@ def get_parser():
 
 
 def input_source(text):
-    """A type for --input: one of INPUTS, or else a path."""
+    """A type for --input: one of INPUTS, or else a path. An existing path is none of them in other letters."""
+    if text not in INPUTS and os.path.exists(text):
+        return Path(text)
     try:
         return arguments.one_of(*INPUTS)(text)
     except argparse.ArgumentTypeError:
@@ -123,7 +126,7 @@ def own_images(path, shape, max_images, generator):
         def read(file):
             try:
                 return image_file.read_image(file, H, W, C)
-            except ValueError as error:         # a folder may hold other things too
+            except (ValueError, PermissionError) as error:          # a folder may hold other things too
                 return error
 
         paths, images = image_folder.list_files(path), []
@@ -131,8 +134,8 @@ def own_images(path, shape, max_images, generator):
         while order and len(images) < max_images:
             count = max_images - len(images)
             for image in image_folder.map_in_threads(read, [paths[row] for row in order[:count]]):
-                if isinstance(image, ValueError):
-                    print(f"left out: {cli.printable(str(image))}", file=sys.stderr)
+                if isinstance(image, Exception):
+                    print(f"left out: {cli.printable(cli.describe_error(image))}", file=sys.stderr)
                 else:
                     images.append(image)
             order = order[count:]
@@ -156,10 +159,13 @@ def report_light_backgrounds(images, path):
 
 
 def interleaved(originals, reconstructions):
-    """Rows of ten originals, each above the row of its reconstructions; one row of each if there are fewer."""
-    columns = min(ROWS, len(originals))
-    count = min(len(originals) // columns * columns, ROWS**2 // 2)
+    """Rows of ten originals, each above the row of its reconstructions, the last ones filled up with black images; one
+    row of each if there are fewer than ten.
+    """
+    count = min(len(originals), ROWS**2 // 2)
+    columns = min(ROWS, count)
     pairs = torch.stack([originals[:count], reconstructions[:count]])                 # (2, count, C, H, W)
+    pairs = torch.cat([pairs, torch.zeros_like(pairs[:, :1]).expand(-1, -count % columns, -1, -1, -1)], dim=1)
     return pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)
 
 

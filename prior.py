@@ -111,6 +111,10 @@ class CodePrior(nn.Module):
         """
         return self._logits(self._hidden(indices, labels, shifts))
 
+    def logits_at(self, indices, position, labels=None):
+        """The logits (B, K) of forward() at one position alone, in raster order: those of all take T times as much."""
+        return self._logits(self._hidden(indices, labels, None)[:, position])
+
     def _hidden(self, indices, labels, shifts):
         """(B, T, E), of which the logits are a linear function."""
         labels = self._labels(labels, len(indices))

@@ -54,6 +54,7 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -185,7 +186,9 @@ def log_samples(trainer, vqvae, epoch):
     prior, generator = trainer.model, torch.Generator().manual_seed(trainer.args.seed)
     seconds = min(max(2, SAMPLE_SHARE * trainer.epoch_seconds()), distributed.TIMEOUT.total_seconds() / 10)
     max_maps = tensorboard_logs.images_in_grid(SAMPLED_MAPS, *vqvae.image_size(prior.height, prior.width))
-    maps, columns = samples.sample_columns(prior, max_maps, seconds, generator)
+    with warnings.catch_warnings():     # on a GPU cumsum() has no deterministic form
+        warnings.simplefilter("ignore")
+        maps, columns = samples.sample_columns(prior, max_maps, seconds, generator)
     tensorboard_logs.log_samples(trainer.writer, epoch, decode(vqvae, maps), columns)
 
 
@@ -231,6 +234,7 @@ class FirstStage(NamedTuple):
     sha256: str                     # of its file
     shape: list                     # [C, H, W]
     dataset: str                    # its name
+    fingerprint: str | None         # of an image folder's files
     train_set: Dataset              # without the images held out
     validation_set: Dataset | None
     test_set: Dataset
@@ -243,9 +247,10 @@ def load_first_stage(args, vqvae, contents, path):
     shape = contents["dataset"]["shape"]
     if train_set.shape != shape:
         raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
+    fingerprint = train_set.fingerprint if dataset == data.FOLDER else None
     train_set, validation_set = hold_out(args, train_set, test_set)
-    return FirstStage(vqvae.to(args.device), path, contents["sha256"], shape, dataset, train_set, validation_set,
-                      test_set)
+    return FirstStage(vqvae.to(args.device), path, contents["sha256"], shape, dataset, fingerprint, train_set,
+                      validation_set, test_set)
 
 
 def build_trainer(args, files, source, saved=None):
@@ -264,6 +269,10 @@ def build_trainer(args, files, source, saved=None):
         metadata["classes"] = classes
     if saved:
         check_metadata(metadata, saved)
+    if source.fingerprint:
+        if saved and saved.get("files", source.fingerprint) != source.fingerprint:      # older files have none
+            raise ValueError("the images in the folder are not those that the run began with")
+        metadata["files"] = source.fingerprint
     with inputs.explain_out_of_memory(f"--layers {args.layers} --width {args.width}"), cli.errors_name_flag(
             f"--heads {args.heads} --width", args.width):
         prior = CodePrior(**config).to(args.device)
@@ -325,8 +334,10 @@ def run(args, parser, argv):
         if args.resume:
             trainer.note_environment()
         else:
-            trainer.choose_precision(nats, random_batch(trainer.model, args))
-        print(describe_cost(trainer, source), flush=True)
+            with strictly_deterministic():          # as the steps of the training
+                trainer.choose_precision(nats, random_batch(trainer.model, args))
+        with strictly_deterministic():
+            print(describe_cost(trainer, source), flush=True)
         with inputs.explain_out_of_memory(
                 f"--shift {args.shift}", "for the code maps, choose a smaller shift or another model"):
             maps = encode_sets(source.vqvae, source.train_set, source.validation_set, source.test_set,

@@ -60,7 +60,10 @@ def read_track(path):
 
     Raises ValueError if it is not a track.
     """
-    header, *lines = Path(path).read_text().splitlines() or [""]
+    try:
+        header, *lines = Path(path).read_text().splitlines() or [""]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a track: it is not text") from error
     columns, rows = header.split(), []
     for line in lines:
         values = line.split()
@@ -119,7 +122,8 @@ def folders_of_runs(folder):
     for path in (folder, *beside):
         if (path / ARGUMENTS).is_file() and (path / TRACK).is_file():
             return [path.resolve()]
-    found = [path.parent.resolve() for path in sorted(folder.rglob(ARGUMENTS)) if (path.parent / TRACK).is_file()]
+    found = [path.parent.resolve() for part in (folder, *beside) for path in sorted(part.rglob(ARGUMENTS))
+             if (path.parent / TRACK).is_file()]
     if not found:
         raise ValueError(f"{folder}: there is no run of VQ-VAE.py in it, with {ARGUMENTS} and {TRACK}")
     return found

@@ -71,14 +71,14 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from threading import Lock
+from threading import Event, Lock
 
 import torch
+from run_rows import Script, stop
 from timed_trainers import load_script
 from tqdm import tqdm
 
@@ -97,6 +97,7 @@ PRIOR = "--layers 2 --width 96 --heads 4 --shift 0 --batch-size 64 --lr 4e-3 --s
 WARM_UP_STEPS, TIMED_STEPS, TIMED_ROUNDS = 3, 10, 5
 MEASURED = "mse", "perplexity", "codes_used"
 PRIOR_FIGURES = "nats_per_map", "bits_per_dimension"
+RUNNING, STARTING, STOPPED = [], Lock(), Event()    # scripts; held to start one; no more are started
 
 
 # ---------------------------------------------------------------- a training, a prior
@@ -109,8 +110,14 @@ def run_script(folder, words):
     runner = [] if not has_library() else [ROOT / "benchmarks" / "quantizer_adapters.py"]
     script = words[0] if runner else ROOT / words[0]
     with open(folder / f"output-{log_name(words)}.txt", "a") as output:
-        code = subprocess.run([sys.executable, *runner, script, *map(str, words[1:])], cwd=folder, stdout=output,
-                              stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        with STARTING:
+            if STOPPED.is_set():
+                raise ValueError(f"{words[0]} was not started")
+            process = Script([sys.executable, *runner, script, *map(str, words[1:])], cwd=folder, stdout=output,
+                             stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+            RUNNING.append(process)
+        code = process.wait()
+        RUNNING.remove(process)
     if code:
         last = (Path(output.name).read_text().strip().splitlines() or [f"ended with status {code}"])[-1]
         raise ValueError(f"{words[0]}: {last} (all of it is in {output.name})")
@@ -248,14 +255,22 @@ class Results:
 
 
 def run_all(tasks, args, description):
-    """Call functions, args.processes at a time, under a progress bar. The first error ends it."""
+    """Call functions, args.processes at a time, under a progress bar.
+
+    The first error or signal ends it, and the scripts that they run, which save what they have done.
+    """
+    STOPPED.clear()
     with ThreadPoolExecutor(args.processes) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=description, leave=False, disable=None):
                 future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            with STARTING:
+                STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop(list(RUNNING))
+            raise
 
 
 def measure(args, names, results):

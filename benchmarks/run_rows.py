@@ -188,6 +188,8 @@ class Record:
             try:
                 self.contents = json.loads(self.path.read_text())
                 command, _ = self.contents["command"], [(run["seed"], run["output"]) for run in self.contents["runs"]]
+                if not isinstance(self.contents["figures"], dict):
+                    raise TypeError("figures")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path} is damaged: move it away") from error
             if command != row.command:
@@ -196,14 +198,24 @@ class Record:
             self.write()                # so that a run which is interrupted goes on as what it began as
 
     def lacks(self, seed):
-        return all(run["seed"] != seed for run in self.contents["runs"])
+        """Whether no run with this seed has all of the row's figures."""
+        return not any(run["seed"] == seed and self.has_figures(run) for run in self.contents["runs"])
+
+    def has_figures(self, run):
+        try:
+            for path in self.row.figures.values():
+                self.value_at(path, run["output"])
+        except ValueError:
+            return False
+        return True
 
     def is_complete(self):
         return not any(self.lacks(seed) for seed in self.row.seeds)
 
     def add(self, result):
         """Add the result of a run. Raises ValueError if it lacks one of the row's figures."""
-        self.contents["runs"] = sorted([*self.contents["runs"], result], key=lambda run: run["seed"])
+        others = [run for run in self.contents["runs"] if run["seed"] != result["seed"]]
+        self.contents["runs"] = sorted([*others, result], key=lambda run: run["seed"])
         self.write()                # first, as it may have taken hours
         self.count_figures()
 
@@ -292,14 +304,15 @@ def start_ready(waiting, running, failed, processes):
 
 def finish(run, process, seconds, record, failed):
     """Record what a run has measured, or why it failed."""
-    log = run.folder / "output" / f"{run.slug}.txt"
+    log, why = run.folder / "output" / f"{run.slug}.txt", None
     if process is not None and (code := process.wait()):
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        failed[run.row.name] = f"{lines[-1] if lines else f'it ended with status {code}'} (all of it is in {log})"
+        why = f"{lines[-1] if lines else f'it ended with status {code}'} (all of it is in {log})"
     else:
         try:
             record.add(run.result(seconds))
         except (OSError, ValueError, KeyError) as error:
-            failed[run.row.name] = cli.describe_error(error)
-    state = f"failed: {failed[run.row.name]}" if run.row.name in failed else f"done in {seconds / 60:.1f} min"
-    tqdm.write(f"{run.title}: {state}")
+            why = cli.describe_error(error)
+    if why:
+        failed.setdefault(run.row.name, why)
+    tqdm.write(f"{run.title}: " + (f"failed: {why}" if why else f"done in {seconds / 60:.1f} min"))

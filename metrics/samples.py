@@ -45,7 +45,8 @@ def sample_maps(prior, labels, sampling, generator, bar=None, given=None):
     sampling: temperature, top_k and guidance of CodePrior.sample(). bar, such as a tqdm, is advanced by update(n).
     given (N, n) are the first n codes of each map, which are kept.
     """
-    maps, dtype, size = [], smallest_dtype(prior.num_codes), samples_that_fit(prior)
+    maps, dtype = [], smallest_dtype(prior.num_codes)
+    size = samples_that_fit(prior, guided=sampling.get("guidance", 1) != 1)
     given = torch.empty(len(labels), 0, dtype=dtype) if given is None else given
     for batch, first in zip(labels.split(size), given.split(size)):
         maps.append(prior.sample(batch, **sampling, generator=generator, given=first).to(dtype).cpu())

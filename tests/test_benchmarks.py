@@ -4,9 +4,14 @@ import functools
 import json
 import math
 import operator
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
+import types
 
 import pytest
 import torch
@@ -160,6 +165,33 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(mnist_folder, tmp
     assert "--folder quantizers: quantizers/results.json holds results of other settings" in capsys.readouterr().err
 
 
+def test_signal_ends_the_scripts_of_the_quantizers_benchmark(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("saved").touch()))
+pathlib.Path(sys.argv[2]).touch()
+time.sleep(60)
+""")
+    done = []
+
+    def task():
+        quantizers.run_script(tmp_path, [script, "--model", "first"])
+        done.append(quantizers.run_script(tmp_path, [script, "--model", "second"]))
+
+    def interrupt():
+        while not (tmp_path / "first").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        quantizers.run_all([task], types.SimpleNamespace(processes=1), "tasks")
+    assert time.monotonic() - start < 40 and (tmp_path / "saved").exists()
+    assert not done and not quantizers.RUNNING and not (tmp_path / "second").exists()
+
+
 def test_completions_benchmark_reports_every_number_of_rows(tmp_path, capsys):
     path = tmp_path / "new" / "completions.json"
     flags = ["--dataset", "MNIST-10k", "--images", "30", "--json", path]
@@ -169,7 +201,7 @@ def test_completions_benchmark_reports_every_number_of_rows(tmp_path, capsys):
     assert [int(rows) for rows, _, _ in lines] == list(range(8))
     assert shares[0] < 0.4 and shares[3] > 0.5 and shares[7] > 0.9
     for share, (_, _, error) in zip(shares, lines):
-        assert 100 * math.sqrt(share * (1 - share) / 30) == pytest.approx(float(error), abs=0.06)
+        assert 100 * math.sqrt(share * (1 - share) / 30) == pytest.approx(float(error), abs=0.11)
     figures = json.loads(path.read_text())
     assert figures["images"] == 30 and [row["kept"] for row in figures["rows"]] == list(range(8))
     assert [row["share"] for row in figures["rows"]] == pytest.approx(shares, abs=0.0006)

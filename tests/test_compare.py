@@ -90,6 +90,12 @@ def test_a_real_run_is_read_by_the_folder_of_its_logs(trained, capsys):
     assert row["run"] == "run" and row["epochs"] == "2" and row["test_recon"] in last and row["perplexity"] in last
 
 
+def test_folder_of_all_logs_stands_for_all_runs(tmp_path):
+    runs = [write_run(tmp_path / "models" / name, [(1, 1, 1, 1)]) for name in ("a", "b/c")]
+    (tmp_path / "logs" / "a").mkdir(parents=True)
+    assert compare.folders_of_runs(tmp_path / "logs") == compare.folders_of_runs(tmp_path / "models") == runs
+
+
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "nowhere: there is no run of VQ-VAE.py in it" in expect_usage_error(
@@ -107,3 +113,5 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
         (run / name).write_text(text)
         assert words in expect_usage_error("benchmarks/compare.py", [run], capsys)
         (run / name).write_text(former)
+    (run / "track.txt").write_bytes(b"epoch\xff\n")
+    assert "track.txt is not a track: it is not text" in expect_usage_error("benchmarks/compare.py", [run], capsys)

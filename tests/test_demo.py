@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import math
+import os
 import re
 import signal
 import socket
@@ -228,10 +229,18 @@ def test_codes_are_changed_undone_and_reset(demo):
     assert torch.equal(demo.reset(third).changed, first.codes) and not demo.reset(third).history
 
 
+@pytest.mark.parametrize("value", [None, "x", math.nan, []])
+def test_sampling_values_of_no_browser_are_a_sentence(value, demo):
+    for values in ((value, 5, 1), (1, value, 1), (1, 5, value)):
+        with pytest.raises(ValueError, match="is not a "):
+            next(demo.sample(3, *values, 0))
+
+
 @pytest.mark.parametrize("value", [None, "x", 49, -1, 2.5, math.nan, math.inf, [], {}, "9" * 500])
 def test_values_of_no_browser_are_a_sentence(value, demo):
     session = demo.start()
     for answer in (lambda: demo.choose_place(session, value), lambda: demo.complete(session, value, ANY, 0),
+                   lambda: demo.show_kept(session, value),
                    lambda: demo.complete(session, 3, "3" if value == ANY else value, value)):
         with pytest.raises(ValueError, match="give an integer"):
             answer()
@@ -340,7 +349,7 @@ def test_bad_flags_are_one_line(capsys):
         port = server.getsockname()[1]
         line = expect_usage_error("demo.py", ["--port", port], capsys)
     assert f"--host 127.0.0.1 --port {port}: " in line and "choose another" in line
-    assert "--host: 'x y' is no address" in expect_usage_error("demo.py", ["--host", "x y"], capsys)
+    assert "--host: 'x y' is not an address" in expect_usage_error("demo.py", ["--host", "x y"], capsys)
     assert "--port" in expect_usage_error("demo.py", ["--port", "0"], capsys)
     assert "--model nowhere.pt: " in expect_usage_error("demo.py", ["--model", "nowhere.pt", "--port", port], capsys)
     model, prior = ROOT / "pretrained" / "vqvae-cifar10.pt", ROOT / "pretrained" / "prior.pt"
@@ -362,7 +371,8 @@ def test_command_serves_the_page_until_ctrl_c():
         port = server.getsockname()[1]
     process = subprocess.Popen([sys.executable, ROOT / "demo.py", "--port", str(port), "--model",
                                 ROOT / "pretrained" / "vqvae-cifar10.pt"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=restore_sigint,
+                               env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9"})      # where no proxy is
     line = process.stdout.readline()
     assert line == f"The page is at http://127.0.0.1:{port} (Ctrl-C ends it)\n", process.communicate()
     page = urlopen(f"http://127.0.0.1:{port}/").read().decode()

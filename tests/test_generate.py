@@ -10,6 +10,7 @@ from PIL import Image
 
 import checkpoint
 import data
+from data import image_file
 from metrics import samples
 
 SIDE = 10 * 28 + 11 * 2         # ten digits, separated by two pixels
@@ -55,6 +56,30 @@ def test_originals_are_in_rows_above_their_reconstructions(folder):
     chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:50].numpy()
     assert np.abs(rows[:, 0].reshape(50, 28, 28) - bundled_digits()[0][9000:][chosen]).max() <= 1
     assert np.abs(rows[:, 1].reshape(50, 28, 28) - cells(plain)[:50]).max() <= 1
+
+
+def test_images_of_a_folder_are_all_shown_and_one_without_permission_is_left_out(folder, monkeypatch, capsys):
+    (folder / "Test").mkdir()
+    for i, digit in enumerate(bundled_digits()[0][:14]):
+        Image.fromarray(digit).save(folder / "Test" / f"{i:02}.png")
+    monkeypatch.chdir(folder)
+
+    def read_image(path, *shape, read=image_file.read_image):
+        if path.name == "05.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *shape)
+
+    monkeypatch.setattr(image_file, "read_image", read_image)
+    # The folder, not the test set: --input test is a name only where no path is called that.
+    import_script("generate.py").main(["--model", "model.pt", "--input", "Test", "--originals"])
+    captured = capsys.readouterr()
+    assert "left out: Test/05.png: Permission denied\n" in captured.err
+    grid = np.array(Image.open(captured.out.strip()).convert("L")).astype(int)
+    rows = [grid[2 + 30 * i:, 2 + 30 * j:][:28, :28] for i in range(4) for j in range(10)]
+    shown, digits = rows[:10] + rows[20:23], np.delete(bundled_digits()[0][:14], 5, axis=0).astype(int)
+    assert grid.shape == (4 * 30 + 2, SIDE) and max(cell.max() for cell in rows[23:30] + rows[33:]) == 0
+    assert all(min(np.abs(cell - digit).max() for digit in digits) <= 1 for cell in shown)
+    assert all(cell.max() > 100 for cell in rows[30:33])
 
 
 def test_originals_flag_needs_images_as_input(folder, monkeypatch, capsys):

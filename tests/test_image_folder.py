@@ -121,7 +121,7 @@ def test_formats_that_pillow_leaves_to_other_programs_are_no_images(tmp_path, mo
     train, test = data.load("folder", tmp_path, [1, 8, 8])
     assert {path.name for path in train.left_out} == {"drawing.eps", "drawing", "film.mpg"}
     assert len(train) + len(test) == 5          # photo.png by its name, until it is read
-    with pytest.raises(ValueError, match="no image that Pillow can read"):
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
         image_file.read_image(tmp_path / "photo.png", 8, 8, 1)
 
 
@@ -286,7 +286,21 @@ def test_resume_accepts_a_moved_but_not_a_changed_folder(tmp_path, monkeypatch, 
     resume_flags = ["--resume", "--num-epochs", "2"]
     assert "there is no folder" in expect_usage_error("VQ-VAE.py", resume_flags, capsys)
     train([*resume_flags, "--data-folder", "moved", "--num-workers", "1"])
+    train_prior = import_script("train_prior.py").main
+    prior_flags = ["--model", "models/vqvae/best.pt", "--data-folder", "moved"]
+    train_prior([*prior_flags, "--num-epochs", "1", "--layers", "1", "--width", "12", "--shift", "0"])
+    assert "not those that the model was trained on" not in capsys.readouterr().err
     Image.new("L", (8, 8), 200).save(tmp_path / "moved" / "more.png")
+    with pytest.raises(SystemExit):
+        train_prior([*prior_flags, "--resume", "--num-epochs", "2"])
+    note, line = capsys.readouterr().err.splitlines()
+    assert note.startswith("The images in moved are not those that the model was trained on")
+    assert "--resume models/vqvae/prior-last.pt: the images in the folder are not those that the run began" in line
+    _, last = checkpoint.load_prior("models/vqvae/prior-last.pt", "models/vqvae/best.pt")
+    del last["files"]                           # as an earlier version wrote it
+    checkpoint.save("models/vqvae/prior-last.pt", last)
+    train_prior([*prior_flags, "--resume", "--num-epochs", "2"])
+    assert checkpoint.load_prior("models/vqvae/prior-last.pt", "models/vqvae/best.pt")[1]["epoch"] == 2
     capsys.readouterr()
     line = expect_usage_error("VQ-VAE.py", ["--resume", "--num-epochs", "3", "--data-folder", "moved"], capsys)
     assert "moved are not those that the run began with" in line
@@ -382,7 +396,7 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
     line = expect_usage_error("VQ-VAE.py", ["--dataset", "MNIST-10k", "--image-size", "32"], capsys)
     assert "--image-size 32" in line and "--dataset folder" in line
     for path, words in (("nowhere.png", ("--input", "nowhere.png", "random, prior")),
-                        ("text/a.txt", ("--input text/a.txt", "no image that Pillow can read")),
+                        ("text/a.txt", ("--input text/a.txt", "not an image that Pillow can read")),
                         ("empty", ("--input empty", "no image in it"))):
         line = expect_usage_error("generate.py", ["--model", checkpoint.PRETRAINED, "--input", path], capsys)
         assert all(word in line for word in words), line

@@ -107,7 +107,7 @@ def test_a_position_before_the_file_is_damage_and_no_error_of_the_system(tmp_pat
     path.write_bytes(path.read_bytes()[:200])           # the palette is looked for 769 bytes before the end
     with pytest.raises(OSError, match="Invalid argument"):
         Image.open(path)
-    with pytest.raises(ValueError, match="no image that Pillow can read"):
+    with pytest.raises(ValueError, match="not an image that Pillow can read"):
         image_file.read_image(path, 8, 8, 1)
     assert not image_file.has_image_header(path)
     for function in (lambda path: image_file.read_image(path, 8, 8, 1), image_file.has_image_header):

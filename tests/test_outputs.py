@@ -250,6 +250,20 @@ def test_resumed_classifier_replaces_no_file_of_another_kind(folder, monkeypatch
     assert checkpoint.load_classifier(path)[1]["epoch"] == 1
 
 
+def test_longest_file_name_is_written_and_a_longer_one_refused_before_the_work(tmp_path):
+    for name in ("a" * 251 + ".npz", "ä" * 125 + ".npz"):
+        files.check_writable(tmp_path / name)
+        files.write_atomically(tmp_path / name, b"contents")
+        assert (tmp_path / name).read_bytes() == b"contents"
+    with pytest.raises(ValueError, match="a file's name has at most 255 bytes"):
+        files.check_writable(tmp_path / ("a" * 252 + ".npz"))
+    assert len(list(tmp_path.iterdir())) == 2
+    left = tmp_path / f".{files._short('b' * 255)}.123{files.TEMPORARY}"
+    left.write_bytes(b"half")
+    files.remove_temporary_files(tmp_path, "b" * 255)
+    assert not left.exists()
+
+
 def test_temporary_files_of_other_commands_stay(folder):
     words, _, path = command("train_classifier.py")
     path.parent.mkdir(parents=True)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import pytest
 from helpers import ROOT, expect_usage_error, import_script, start_script, wait_for
@@ -293,9 +294,38 @@ def test_bad_input_gets_a_one_line_error(arguments, words, tmp_path, monkeypatch
 def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reproduced" / "results").mkdir(parents=True)
-    (tmp_path / "reproduced" / "results" / "published.json").write_text("{")
-    assert "results/published.json is damaged: move it away" in expect_usage_error(
-        "benchmarks/reproduce.py", ["published", "--check"], capsys)
+    command = next(row.command for row in result_rows.ROWS if row.name == "published")
+    for text in ("{", json.dumps({"row": "published", "command": command, "runs": []})):
+        (tmp_path / "reproduced" / "results" / "published.json").write_text(text)
+        assert "results/published.json is damaged: move it away" in expect_usage_error(
+            "benchmarks/reproduce.py", ["published", "--check"], capsys)
+
+
+def test_run_without_all_figures_is_kept_and_done_again(tmp_path):
+    row = result_rows.Row("some", "rows", "command", {"mse": "table.a.mse", "mse b": "table.b.mse"}, 1)
+    output = {"table": {"a": {"mse": 0.5}}}
+    with pytest.raises(ValueError, match=r"row 'some': its output has no number at table\.b\.mse"):
+        run_rows.Record(row, tmp_path).add({"seed": 0, "output": output})
+    record = run_rows.Record(row, tmp_path)
+    assert record.lacks(0) and record.contents["runs"][0]["output"] == output
+    record.add({"seed": 0, "output": {"table": {"a": {"mse": 0.5}, "b": {"mse": 0.25}}}})
+    assert run_rows.Record(row, tmp_path).is_complete() and len(record.contents["runs"]) == 1
+    assert record.contents["figures"]["mse b"]["mean"] == 0.25
+
+
+def test_seed_that_succeeds_after_one_that_failed_is_reported_as_done(tmp_path, capsys):
+    class Ended:
+        def __init__(self, status):
+            self.wait = lambda: status
+
+    row, failed = result_rows.Row("some", "rows", "command", {"mse": "mse"}, 1), {}
+    record = run_rows.Record(row, tmp_path)
+    for seed, status in ((0, 1), (1, 0)):
+        run = types.SimpleNamespace(row=row, folder=tmp_path, slug="some", title=f"seed {seed}",
+                                    result=lambda seconds, seed=seed: {"seed": seed, "output": {"mse": 0.5}})
+        run_rows.finish(run, Ended(status), 60, record, failed)
+    assert list(failed) == ["some"] and "ended with status 1" in failed["some"]
+    assert capsys.readouterr().out.splitlines()[1] == "seed 1: done in 1.0 min"
 
 
 def test_list_names_every_row_and_its_command(capsys):

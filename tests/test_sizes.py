@@ -200,6 +200,9 @@ def test_prior_in_blocks_equals_all_logits_at_once(monkeypatch):
     assert max(rows) == 5 and sum(rows) == 7 * 12
     monkeypatch.setattr(memory, "BUDGET", 1)            # one map at a time
     assert nats_per_code(network, maps, labels) == pytest.approx(-expected.mean().item() / 12, rel=1e-5)
+    monkeypatch.undo()
+    alone, with_guidance = memory.samples_that_fit(network), memory.samples_that_fit(network, guided=True)
+    assert with_guidance == pytest.approx(alone / 2, abs=1)         # each map is sampled twice
 
 
 def test_samples_stop_when_the_time_is_up(monkeypatch):
@@ -219,7 +222,7 @@ def test_price_counts_steps_tests_and_epochs_left(tmp_path, monkeypatch):
     vqvae = VectorQuantizedVAE(hidden_size=4, num_codes=300)
     sets = [Images(torch.zeros(N, 1, 32, 64, dtype=torch.uint8), torch.zeros(N, dtype=torch.int64))
             for N in (6000, 600, 900)]
-    source = script.FirstStage(vqvae, "", "", [1, 32, 64], "MNIST", *sets)
+    source = script.FirstStage(vqvae, "", "", [1, 32, 64], "MNIST", None, *sets)
     measured = []
     monkeypatch.setattr(script.cost.speed, "measure_step_seconds",
                         lambda step, *_, **__: measured.append(step()) or [2.56])

@@ -197,6 +197,27 @@ def hang_up_in_load():
     terminate_in_load(signal.SIGHUP)
 
 
+def test_signal_is_one_line_where_ctrl_c_is_ignored():
+    """As in a shell script's background command."""
+    program = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path.insert(0, {str(ROOT)!r})
+from utils import startup
+startup.prepare()
+signal.raise_signal(signal.SIGINT)
+try:
+    with startup.as_exception():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+except KeyboardInterrupt as error:
+    print("caught", error.args[0], flush=True)
+signal.raise_signal(signal.SIGTERM)
+"""
+    result = run_command(sys.executable, "-c", program)
+    assert (result.returncode, result.stdout, result.stderr) == (143, "caught 15\n", "\n-c: interrupted\n")
+
+
 def test_ctrl_c_raises_keyboard_interrupt_only_inside_the_context():
     program = f"""
 import signal, sys

@@ -61,7 +61,7 @@ def favourites(prior, codes, place, label=None, count=5):
     → codes and probabilities, as two lists, the most probable first.
     """
     labels = None if label is None else torch.tensor([label])
-    probabilities = prior(codes.unsqueeze(0), labels)[0, place].softmax(dim=0)            # (K,)
+    probabilities = prior.logits_at(codes.unsqueeze(0), place, labels)[0].softmax(dim=0)          # (K,)
     best = probabilities.topk(min(count, len(probabilities)))
     return best.indices.tolist(), best.values.tolist()
 

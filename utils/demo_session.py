@@ -138,8 +138,9 @@ class Demo:
 
     def sample(self, label, temperature, top_k, guidance, seed):
         """HTML of a new map and its image as it fills up: yields a frame every few codes, not too fast to see."""
-        sampling = {"temperature": float(temperature), "guidance": float(guidance),
-                    "top_k": None if top_k >= self.num_codes else int(top_k)}
+        sampling = {"temperature": _number(temperature, "a temperature"), "guidance": _number(guidance, "a guidance")}
+        top_k = int(_number(top_k, "a number of codes"))
+        sampling["top_k"] = None if top_k >= self.num_codes else top_k
         total, codes, due = math.prod(self.map_size), [], time.monotonic()
         step = math.ceil(total / FRAMES)
         for code in self.prior.sample_in_order(self._labels(label, 1), **sampling, generator=_generator(seed)):
@@ -239,14 +240,15 @@ class Demo:
 
     def show_kept(self, session, rows, maps=()):
         """The rows of a drawing that are kept, and its completions, maps (B, h, w)."""
+        rows = _integer(rows, self.map_size[0] + 1, "a number of rows")
         image = data.to_uint8(self._decode(session.codes))
-        hidden = (torch.arange(self.map_size[0]) >= int(rows)).unsqueeze(1).expand(self.map_size)
+        hidden = (torch.arange(self.map_size[0]) >= rows).unsqueeze(1).expand(self.map_size)
         image[:, self._pixels(hidden)] = HIDDEN
         figures = [figure(image, "kept")]
         if len(maps):
             images = code_maps.decode(self.model, maps)
             figures += [figure(image, f"{i + 1}", "completion") for i, image in enumerate(images)]
-        share = 100 * int(rows) / self.map_size[0]
+        share = 100 * rows / self.map_size[0]
         return f'<div class="figures kept" style="--kept:{share:.4g}%">{"".join(figures)}</div>'
 
     # ---------------------------------------------------------------- the model
@@ -287,6 +289,14 @@ def _integer(value, size, what):
         if int(value) == float(value) and 0 <= int(value) < size:
             return int(value)
     raise ValueError(f"{str(value)[:50]} is not {what}: give an integer from 0 to {size - 1:,}")
+
+
+def _number(value, what):
+    """A number that a browser has sent, as a float. Raises ValueError if it is none, or not finite."""
+    with suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(float(value)):
+            return float(value)
+    raise ValueError(f"{str(value)[:50]} is not {what}")
 
 
 def _generator(seed):

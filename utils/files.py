@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ except ImportError:         # Windows, where no lock on a folder is released whe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPORARY = ".unfinished"
+MAX_NAME = 255                  # bytes, of a file's name
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP         # of some network folders
 
 _locked = set()             # descriptors of the folders that this process has locked
@@ -53,7 +54,7 @@ def write_atomically(path, data, check=lambda: None):
     before, may raise an error to prevent that. Raises OSError if it fails; path is then unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{_short(path.name)}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -62,16 +63,22 @@ def write_atomically(path, data, check=lambda: None):
         check()
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None           # not the temporary name
         raise
 
 
+def _short(name):
+    """A name, cut so that a temporary file's name of it is not longer than file systems allow."""
+    return os.fsdecode(os.fsencode(name)[:MAX_NAME - 40])
+
+
 def remove_temporary_files(folder, *names):
     """Remove the temporary files of files with these names, or patterns of names, that killed processes have left."""
     for name in names:
-        for path in folder.glob(f".{name}.[0-9]*{TEMPORARY}"):
+        for path in folder.glob(f".{_short(name)}.[0-9]*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
@@ -167,6 +174,8 @@ def check_writable(path):
     """Raise ValueError if no file could be written to path, whose folders may have to be created. Writes nothing."""
     # A folder such as "." or "/" has no parents.
     folder = next((folder for folder in path.parents if folder.exists() or folder.is_symlink()), path)
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise ValueError(f"{path.name[:50]}…: a file's name has at most {MAX_NAME} bytes")
     if path.is_dir():
         raise ValueError(f"{path} is a folder")
     if not folder.is_dir():

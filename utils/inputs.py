@@ -53,7 +53,12 @@ def open_data(args, contents):
     own = contents["dataset"]
     name = args.dataset or own["name"]
     folder = args.data_folder or (own.get("folder", "MNIST") if name == own["name"] else "MNIST")
-    return name, *load_data(name, folder, own["shape"])
+    train_set, test_set = load_data(name, folder, own["shape"])
+    is_changed = name == own["name"] == data.FOLDER and own.get("files", train_set.fingerprint) != train_set.fingerprint
+    if is_changed and distributed.is_main_process():
+        print(f"The images in {folder} are not those that the model was trained on: some of the "
+              "test images may be among those", file=sys.stderr)
+    return name, train_set, test_set
 
 
 def load_data(name, folder, shape):

@@ -22,9 +22,13 @@ def maps_that_fit(prior):
     return items_that_fit(19 * prior.positions.numel())
 
 
-def samples_that_fit(prior):
-    """How many code maps are sampled at once: their keys and values in all blocks, and the scores of the next code."""
-    return items_that_fit(2 * len(prior.blocks) * prior.positions.numel() + 8 * prior.num_codes)
+def samples_that_fit(prior, guided=False):
+    """How many code maps are sampled at once: their keys and values in all blocks, and the scores of the next code.
+
+    With guidance each map takes as much twice, with its class and without.
+    """
+    numbers = 2 * len(prior.blocks) * prior.positions.numel() + 8 * prior.num_codes
+    return items_that_fit(2 * numbers if guided else numbers)
 
 
 def is_out_of_memory(error):

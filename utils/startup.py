@@ -13,7 +13,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 # In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads, oneDNN,
 # cuBLAS and cuDNN.
 OUT_OF_MEMORY_MESSAGES = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
-                  "could not create a primitive", "ALLOC_FAILED")
+                         "could not create a primitive", "ALLOC_FAILED")
 
 
 def reports():
@@ -42,14 +42,17 @@ def report_out_of_memory(kind, error, traceback):
 
 
 def prepare():
-    """Install the handlers, unless SIGINT is ignored or has another handler, and make the console safe to print to."""
+    """Install the handlers, unless SIGINT has another one, as in a notebook, and make the console safe to print to.
+
+    A signal that is ignored stays so: SIGHUP under nohup, SIGINT of a shell script's background command.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:      # closed: no other file may get its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))       # noqa: SIM115
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN):
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):      # nohup ignores SIGHUP
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                 signal.signal(number, exit_at_once)
     sys.excepthook = report_out_of_memory
 
@@ -85,17 +88,14 @@ class Console:
 
 @contextmanager
 def as_exception():
-    """Inside, STOP_SIGNALS raise KeyboardInterrupt(number): temporary files are removed, and empty folders.
-
-    Unless SIGINT has another handler than prepare()'s.
+    """Inside, those of STOP_SIGNALS that prepare() has taken raise KeyboardInterrupt(number): temporary files are
+    removed, and empty folders.
     """
     def interrupt(number, _frame):
         raise KeyboardInterrupt(number)
 
-    former = {}
-    if signal.getsignal(signal.SIGINT) is exit_at_once:
-        former = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS
-                  if signal.getsignal(number) is exit_at_once}
+    former = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS
+              if signal.getsignal(number) is exit_at_once}
     try:
         yield
     finally:
