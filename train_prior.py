@@ -234,7 +234,7 @@ class FirstStage(NamedTuple):
     sha256: str                     # of its file
     shape: list                     # [C, H, W]
     dataset: str                    # its name
-    fingerprint: str | None         # of an image folder's files
+    folder: tuple | None            # of --dataset folder: its path, and the fingerprint of its files
     train_set: Dataset              # without the images held out
     validation_set: Dataset | None
     test_set: Dataset
@@ -247,9 +247,9 @@ def load_first_stage(args, vqvae, contents, path):
     shape = contents["dataset"]["shape"]
     if train_set.shape != shape:
         raise ValueError(f"--model {path}: its images are {shape}, those of --dataset {dataset} {train_set.shape}")
-    fingerprint = train_set.fingerprint if dataset == data.FOLDER else None
+    folder = (train_set.folder, train_set.fingerprint) if dataset == data.FOLDER else None
     train_set, validation_set = hold_out(args, train_set, test_set)
-    return FirstStage(vqvae.to(args.device), path, contents["sha256"], shape, dataset, fingerprint, train_set,
+    return FirstStage(vqvae.to(args.device), path, contents["sha256"], shape, dataset, folder, train_set,
                       validation_set, test_set)
 
 
@@ -269,10 +269,10 @@ def build_trainer(args, files, source, saved=None):
         metadata["classes"] = classes
     if saved:
         check_metadata(metadata, saved)
-    if source.fingerprint:
-        if saved and saved.get("files", source.fingerprint) != source.fingerprint:      # older files have none
-            raise ValueError("the images in the folder are not those that the run began with")
-        metadata["files"] = source.fingerprint
+    if source.folder:
+        folder, metadata["files"] = source.folder
+        if saved and saved.get("files", metadata["files"]) != metadata["files"]:        # older files have none
+            raise ValueError(f"the images in {folder} are not those that the run began with")
     with inputs.explain_out_of_memory(f"--layers {args.layers} --width {args.width}"), cli.errors_name_flag(
             f"--heads {args.heads} --width", args.width):
         prior = CodePrior(**config).to(args.device)

@@ -295,7 +295,7 @@ def test_resume_accepts_a_moved_but_not_a_changed_folder(tmp_path, monkeypatch, 
         train_prior([*prior_flags, "--resume", "--num-epochs", "2"])
     note, line = capsys.readouterr().err.splitlines()
     assert note.startswith("The images in moved are not those that the model was trained on")
-    assert "--resume models/vqvae/prior-last.pt: the images in the folder are not those that the run began" in line
+    assert "--resume models/vqvae/prior-last.pt: the images in moved are not those that the run began" in line
     _, last = checkpoint.load_prior("models/vqvae/prior-last.pt", "models/vqvae/best.pt")
     del last["files"]                           # as an earlier version wrote it
     checkpoint.save("models/vqvae/prior-last.pt", last)
