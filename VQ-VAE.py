@@ -115,7 +115,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from metrics import code_counts, evaluate, perplexity
-from modules import Losses, VectorQuantizedVAE, check_training_mode, vqvae_losses
+from modules import Losses, VectorQuantizedVAE, check_state, check_training_mode, vqvae_losses
 from utils import distributed, files, inputs, speed, tensorboard_logs
 from utils.run_files import RunFiles
 from utils.train_state import check_metadata, seed_everything, set_deterministic
@@ -246,6 +246,8 @@ def build_trainer(args, files, batches, saved=None):
     with inputs.explain_out_of_memory(f"--hidden-size {args.hidden_size} --k {args.k}"):
         model = VectorQuantizedVAE(**config)
         check_training_mode(model.quantizer)
+        check_state(model.quantizer,
+                    lambda: QUANTIZERS[args.quantizer](args.k, args.hidden_size, **quantizer_settings(args)))
         model.to(args.device, memory_format=speed.memory_format(args.device))
     with cli.errors_name_flag("--downsample", args.downsample):
         model.map_size(*batches.train_set.shape[1:])

@@ -5,6 +5,7 @@ network, whose layers and parameter names these are; with 8 or 16 there are one 
 """
 
 import copy
+import inspect
 import math
 from typing import NamedTuple
 
@@ -134,6 +135,7 @@ class VectorQuantizedVAE(nn.Module):
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer {quantizer!r} is not in vector_quantizer.QUANTIZERS, which has "
                              f"{', '.join(QUANTIZERS)}")
+        check_settings(quantizer, settings)
         self.channels, self.downsample = channels, downsample
         self.encoder = Encoder(channels, hidden_size, downsample)
         self.quantizer = QUANTIZERS[quantizer](num_codes, hidden_size, **settings)
@@ -186,6 +188,19 @@ class VectorQuantizedVAE(nn.Module):
 
 # ---------------------------------------------------------------- the contract of a quantizer
 
+TRIED_INDICES = 256     # of each codebook, the first and the last among them
+
+
+def check_settings(name, settings):
+    """Raise ValueError if the quantizer of that name needs a setting that is not among these, the others' defaults."""
+    parameters = list(inspect.signature(QUANTIZERS[name]).parameters.values())[2:]          # after num_codes and dim
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in settings and parameter.kind not in (
+                parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"the quantizer {name!r} does not keep the contract in vector_quantizer.py: its setting "
+                             f"{parameter.name} has no default")
+
+
 def check_quantizer(quantizer, num_codes, dim):
     """Raise ValueError unless a new quantizer keeps the contract of vector_quantizer.py, as far as a trial shows.
 
@@ -206,6 +221,7 @@ def check_quantizer(quantizer, num_codes, dim):
         count = dict(quantizer.named_buffers()).get("restarts")
         require(count is not None and count.shape == () and count.dtype == torch.int64,
                 "its restarts is not a buffer of one int64 number, without dimensions")
+        require("restarts" not in quantizer.state_dict(), "its restarts is a persistent buffer")
     z_e = _made_up_latents(dim)
     if z_e.is_meta:
         return
@@ -220,9 +236,26 @@ def check_quantizer(quantizer, num_codes, dim):
 
 def check_training_mode(quantizer):
     """Raise ValueError unless forward() keeps the contract in training mode too. Tries a copy, so nothing changes."""
-    copied = copy.deepcopy(quantizer).train()
+    copied, require = copy.deepcopy(quantizer).train(), _requirements_of(quantizer, " in training mode")
+    restarts = getattr(copied, "restarts", None)
     with torch.random.fork_rng(devices=[]):
-        _check_forward(copied, _made_up_latents(quantizer.dim), _requirements_of(quantizer, " in training mode"))
+        _check_forward(copied, _made_up_latents(quantizer.dim), require)
+    require(getattr(copied, "restarts", None) is restarts, "its restarts is another tensor, not changed in place")
+
+
+def check_state(quantizer, make):
+    """Raise ValueError unless all that a quantizer has drawn is in its state_dict. make() → another one, made alike."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        other = make()
+    other.load_state_dict(quantizer.state_dict())
+    quantizer, other = copy.deepcopy(quantizer).eval(), other.eval()
+    require, z_e = _requirements_of(quantizer), _made_up_latents(quantizer.dim)
+    with torch.no_grad():
+        indices = quantizer.encode(z_e)
+        require(torch.equal(other.encode(z_e), indices)
+                and torch.allclose(other.lookup(indices), quantizer.lookup(indices), rtol=1e-4, atol=1e-6),
+                "another one with its state_dict has other codes: what is learned or drawn is a parameter or a buffer")
 
 
 def _requirements_of(quantizer, when=""):
@@ -269,12 +302,25 @@ def _check_outputs(quantizer, z_e, require):
     """The part of check_quantizer() that calls a quantizer in evaluation mode, on latents z_e (B, D, h, w)."""
     state = dict((*quantizer.named_parameters(), *quantizer.named_buffers()))
     before = {key: value.detach().clone() for key, value in state.items()}
+
+    def require_no_change():
+        for key, value in (*quantizer.named_parameters(), *quantizer.named_buffers()):
+            require(key in before and torch.equal(value, before[key]), f"its {key} changes in evaluation mode")
+
     output = _check_forward(quantizer, z_e, require)
+    require_no_change()
     with torch.no_grad():
         indices, codes = quantizer.encode(z_e), quantizer.lookup(output.indices)
         _require_tensor(require, indices, "encode()'s result", output.indices.shape, torch.int64)
         require(torch.equal(indices, output.indices), "encode() gives other indices than forward()")
         _require_tensor(require, codes, "lookup()'s result", z_e.shape, output.z_q.dtype)
         require(torch.allclose(codes, output.z_q, rtol=1e-4, atol=1e-6), "lookup() gives other codes than forward()")
-    for key, value in (*quantizer.named_parameters(), *quantizer.named_buffers()):
-        require(key in before and torch.equal(value, before[key]), f"its {key} changes in evaluation mode")
+        # The latents above need not reach the first and the last code.
+        K = quantizer.num_codes
+        tried = torch.linspace(0, K - 1, min(K, TRIED_INDICES)).round().long().view(1, 1, -1)
+        try:
+            indices = quantizer.encode(quantizer.lookup(tried))
+        except IndexError as error:
+            require(False, f"lookup() does not take all indices in [0, {K}) ({error})")
+        require(indices.min() >= 0 and indices.max() < K, f"encode()'s indices leave [0, {K})")
+    require_no_change()

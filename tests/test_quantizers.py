@@ -136,6 +136,17 @@ BROKEN = {
     "it has no lookup()": {"lookup": None},
     "restarts is not a buffer of one int64": initialised_with(
         lambda self: self.register_buffer("restarts", torch.zeros(()))),
+    "its restarts is a persistent buffer": initialised_with(
+        lambda self: self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))),
+    # The latents that are tried need not be nearest to the last code.
+    "encode()'s indices leave [0, 16)": {
+        **initialised_with(lambda self: self.codebook.data[-1].fill_(100)),
+        "forward": lambda self, z_e: VectorQuantizer.forward(self, z_e)._replace(indices=self.encode(z_e)),
+        "encode": lambda self, z_e: VectorQuantizer.encode(self, z_e) + 1,
+        "lookup": lambda self, indices: self.codebook[indices - 1].permute(0, 3, 1, 2)},
+    "lookup() does not take all indices in [0, 16)": {
+        **initialised_with(lambda self: self.codebook.data[-1].fill_(100)),
+        "lookup": lambda self, indices: self.codebook[:-1][indices].permute(0, 3, 1, 2)},
     "forward() returns tuple, not Quantized": {"forward": lambda self, z_e: tuple(VectorQuantizer.forward(self, z_e))},
     "z_q is torch.float32 (2, 8, 4, 3), not floating point (2, 8, 3, 4)": output_with(
         lambda output: {"z_q": output.z_q.transpose(2, 3)}),
@@ -150,7 +161,7 @@ BROKEN = {
     "encode() gives other indices": {"encode": lambda self, z_e: 15 - VectorQuantizer.encode(self, z_e)},
     "encode()'s result is torch.int64 (24,)": {"encode": lambda self, z_e: VectorQuantizer.encode(self, z_e).flatten()},
     "lookup() gives other codes": {"lookup": lambda self, indices: 1.01 * VectorQuantizer.lookup(self, indices)},
-    "its codebook changes in evaluation mode": forward_after(lambda self: self.codebook.data.add_(1)),
+    "its codebook changes in evaluation mode": forward_after(lambda self: self.codebook.data.mul_(-1)),
     "its steps_unused changes in evaluation mode": forward_after(lambda self: self.steps_unused.add_(1)),
 }
 
@@ -180,7 +191,26 @@ def detached_in_training(self, z_e):
     return output._replace(z_q=output.z_q.detach()) if self.training else output
 
 
+def rebound_restarts(self, z_e):
+    self.restarts = self.restarts + 0
+    return VectorQuantizer.forward(self, z_e)
+
+
+def drawn_in_no_parameter(self, num_codes, dim, **settings):
+    VectorQuantizer.__init__(self, num_codes, dim)
+    del self.codebook
+    self.codebook = torch.randn(num_codes, dim)
+    self.scale = nn.Parameter(torch.ones(()))
+
+
+def without_default(self, num_codes, dim, scale):
+    VectorQuantizer.__init__(self, num_codes, dim)
+
+
 @pytest.mark.parametrize("methods, words", [
+    ({"__init__": without_default}, "vector_quantizer.py: its setting scale has no default"),
+    ({"__init__": drawn_in_no_parameter}, "another one with its state_dict has other codes"),
+    ({"forward": rebound_restarts}, "in training mode: its restarts is another tensor, not changed in place"),
     ({"lookup": None}, "vector_quantizer.py: it has no lookup()"),
     ({"forward": detached_in_training}, "vector_quantizer.py in training mode: no gradient of forward()'s z_q")])
 def test_training_refuses_a_broken_quantizer_in_one_line_and_writes_nothing(methods, words, monkeypatch, tmp_path,
@@ -188,7 +218,7 @@ def test_training_refuses_a_broken_quantizer_in_one_line_and_writes_nothing(meth
     monkeypatch.setitem(QUANTIZERS, "broken", type("Broken", (VectorQuantizer,), methods))
     monkeypatch.chdir(tmp_path)
     line = expect_usage_error("VQ-VAE.py", [*SMALL_FLAGS, "--quantizer", "broken"], capsys)
-    assert "the quantizer Broken" in line and words in line and not (tmp_path / "models").exists()
+    assert "the quantizer" in line and words in line and not (tmp_path / "models").exists()
 
 
 # ---------------------------------------------------------------- shapes
