@@ -1,7 +1,8 @@
 """The VQ-VAE on one page: python3 minimal.py [EPOCHS]
 
 The paper's equations (van den Oord et al. 2017, arXiv:1711.00937), trained on 9,000 of the bundled digits and tested on
-1,000. modules.py and vector_quantizer.py compute the same values and gradients, faster, and keep the codes alive.
+1,000. At the end it writes minimal.png, over an earlier one. modules.py and vector_quantizer.py compute the same values
+and gradients, faster, and keep the codes alive.
 
 Letters: B images, h×w = 7×7 latents of one image, D the size of a latent vector, K the number of codes.
 """

@@ -172,7 +172,7 @@ def _from_rows(codes, shape):
 
 
 def check_indices(indices, num_codes):
-    """The indices as int64. Raises ValueError unless they are integers in [0, K).
+    """The indices as int64. Raises ValueError unless they are integers, and on the CPU if they leave [0, K).
 
     Those on a GPU are not read, which would wait for it: check them on the CPU, where they come in. Nor are they read
     in a compiled or exported graph, which cannot branch on values.
@@ -252,7 +252,7 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices):
         """The codes (B, D, h, w) of indices (B, h, w), or (..., D) of (...) of another rank than 3.
 
-        Raises ValueError if indices are not integers in [0, K).
+        Raises ValueError as check_indices().
         """
         indices = check_indices(indices, self.num_codes)
         return _from_rows(F.embedding(indices.flatten(), self.codebook), indices.shape)

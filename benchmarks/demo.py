@@ -146,9 +146,11 @@ def run(args):
     process = subprocess.Popen([sys.executable, str(ROOT / "demo.py"), "--port", str(args.port)],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        line = process.stdout.readline()
-        if "The page is at" not in line:
-            raise ValueError(line + process.stdout.read() or "demo.py has ended")
+        line, printed = process.stdout.readline(), ""
+        while line and "The page is at" not in line:        # a library may print something first
+            printed, line = printed + line, process.stdout.readline()
+        if not line:
+            raise ValueError(printed or "demo.py has ended")
         measure(Page(f"http://127.0.0.1:{args.port}"), process, args)
     finally:
         process.terminate()

@@ -28,10 +28,13 @@ def get_parser():
     parser.add_argument("--image-size", type=arguments.multiple_of(4, 8, 512), default=32, metavar="S",
                         help="their size in the part folder (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")
+    parser.add_argument("--overwrite", action="store_true", help="replace such a file at --json (default: stop)")
     return parser
 
 
 def check_arguments(parser, args):
+    if not args.json:
+        parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
     if "folder" in args.parts and not (args.data_folder and args.data_folder.is_dir()):
         parser.error(f"--data-folder {args.data_folder}: give the folder of images for the part folder")
 
@@ -50,11 +53,10 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from workers import Worker, peak_memory, reset_peak_memory
+from workers import Worker, json_file, peak_memory, reset_peak_memory
 
 from modules import VectorQuantizedVAE, vqvae_losses
 from prior import CodePrior
-from utils import files
 from utils.environment import processor
 from utils.speed import keep_freed_memory
 
@@ -100,6 +102,11 @@ def measure_step(compute_loss):
     return min(seconds[1:]), (peak_memory() - before) / 1e6 if before else None
 
 
+def megabytes(value):
+    """A number as text; – where the system does not tell."""
+    return "–" if value is None else f"{value:.0f}"
+
+
 def steps(_args):
     rows = []
     print(f"Steps with {BATCH_SIZE} colour images (28 to 512 pixels), D = 40, and with a prior of {PRIOR}\n"
@@ -110,8 +117,8 @@ def steps(_args):
         worker.close()
         rows.append(row)
         print(f"{row['size']:>5}{row['downsample']:>4}{row['K']:>8,}{row['codes']:>7,}{row['step_seconds']:>9.3f}"
-              f"{row['step_megabytes']:>7.0f}{row['prior_seconds_per_1000_images']:>27.1f}"
-              f"{row['prior_megabytes']:>7.0f}", flush=True)
+              f"{megabytes(row['step_megabytes']):>7}{row['prior_seconds_per_1000_images']:>27.1f}"
+              f"{megabytes(row['prior_megabytes']):>7}", flush=True)
     return rows
 
 
@@ -147,7 +154,8 @@ def run_script(words, folder, until=None):
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode and not stopped:
         raise ValueError(f"{words[0]}: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
-    return seconds if stopped else time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024          # bytes
+    return seconds if stopped else time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
 
 
 def scripts(_args):
@@ -203,12 +211,13 @@ def folder(args):
 # ---------------------------------------------------------------- everything
 
 def run(args):
+    output = json_file(args)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
     measured = {part: {"steps": steps, "scripts": scripts, "folder": folder}[part](args)
                 for part in args.parts or PARTS[:2]}
-    if args.json:
+    if output:
         with cli.errors_name_flag("--json", args.json):
-            files.write_atomically(args.json, json.dumps(measured, indent=2).encode())
+            output.write((json.dumps(measured, indent=2) + "\n").encode())
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ PARTS = "training", "quantizer", "quality", "sampling", "limit", "profile"
 
 
 def get_parser():
-    parser = cli.Parser(description=__doc__)
+    parser = cli.Parser(check_arguments, description=__doc__)
     shown = "(default: %(default)s)"
     parser.add_argument("parts", nargs="*", type=arguments.one_of(*PARTS), metavar="PART",
                         help=f"{', '.join(PARTS)} (default: all of them)")
@@ -32,7 +32,13 @@ def get_parser():
     parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
                         help=f"where the complete MNIST is, for quality; the other parts need none {shown}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")
+    parser.add_argument("--overwrite", action="store_true", help="replace such a file at --json (default: stop)")
     return parser
+
+
+def check_arguments(parser, args):
+    if not args.json:
+        parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
 
 
 if __name__ == "__main__":
@@ -54,12 +60,12 @@ from timed_trainers import TARGET_MSE, TargetMSETrainer, TimedTrainer, TrainingS
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from workers import WORKERS, Worker, peak_memory, reset_peak_memory, run_rounds, spread
+from workers import WORKERS, Worker, json_file, peak_memory, reset_peak_memory, run_rounds, spread
 
 import checkpoint
 import data
 from modules import vqvae_losses
-from utils import files, inputs
+from utils import inputs
 from utils.speed import keep_freed_memory, memory_format, synchronize
 from utils.trainer import Trainer
 from vector_quantizer import VectorQuantizer
@@ -86,11 +92,23 @@ def make_training(flags):
     script = load_script()
     trainer, batches = prepare_training(script, ["--dataset", "MNIST-10k", *flags.split()], TimedTrainer)
     script.log_epoch = lambda *_: None
-    threading.Thread(target=script.train, args=(trainer, batches), daemon=True).start()
+    failed = []
+
+    def train():
+        try:
+            script.train(trainer, batches)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            trainer.epoch_done.release()
+
+    threading.Thread(target=train, daemon=True).start()
 
     def epoch():
         trainer.start_epoch.release()
         trainer.epoch_done.acquire()
+        if failed:
+            raise ValueError(f"VQ-VAE.py {flags}: {failed[0]}") from failed[0]
         return trainer.images_per_second
     return epoch
 
@@ -326,9 +344,7 @@ def main(argv=None):
     parser = get_parser()
     args = parser.parse_args(argv)
     with parser.bad_input_in_one_line():
-        if args.json:
-            with cli.errors_name_flag("--json", args.json):
-                files.check_writable(args.json)
+        output = json_file(args)
         parts = args.parts or PARTS
         if "quality" in parts:          # fail before the other parts have taken their minutes
             with cli.errors_name_flag("--data-folder", args.data_folder):
@@ -347,8 +363,9 @@ def main(argv=None):
                 for worker in WORKERS:
                     worker.close()
             print(f"\n{part}\n{table(report[part])}", flush=True)
-        if args.json:
-            files.write_atomically(args.json, (json.dumps(report, indent=2) + "\n").encode())
+        if output:
+            with cli.errors_name_flag("--json", args.json):
+                output.write((json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

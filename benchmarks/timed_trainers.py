@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from metrics import evaluate
-from utils import speed
+from utils import inputs, speed
 from utils.run_files import RunFiles
 from utils.trainer import Trainer
 
@@ -52,10 +52,13 @@ def load_script():
 
 def prepare_training(script, flags, trainer_class):
     """→ a trainer_class for VQ-VAE.py with these flags, and its batches."""
-    args, folder = script.get_parser().parse_args(flags), Path(tempfile.mkdtemp())
+    args, temporary = script.get_parser().parse_args(flags), tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    args.device, folder = inputs.find_device(args.device), Path(temporary.name)
     run_files = RunFiles(folder / "last.pt", folder / "best.pt", folder / "track.txt", folder / "logs", "", "")
     script.Trainer, batches = trainer_class, script.load_batches(args)
-    return script.build_trainer(args, run_files, batches), batches
+    trainer = script.build_trainer(args, run_files, batches)
+    trainer.temporary_folder = temporary        # removed with the trainer, or when the process ends
+    return trainer, batches
 
 
 class TargetMSETrainer(Trainer):

@@ -1,6 +1,7 @@
-"""Worker processes that are measured alternately, and the peak memory of a process."""
+"""Worker processes that are measured alternately, the peak memory of a process, and the file of what is measured."""
 
 import ctypes
+import json
 import multiprocessing
 import signal
 import statistics
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from utils import cli, files
 
 WORKERS = []            # all workers: one that still waits would keep the script from exiting
 
@@ -89,3 +92,22 @@ def reset_peak_memory(device="cpu"):
     elif Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def json_file(args):
+    """The OutputFile of --json and --overwrite, or None. Raises ValueError if it could not be written."""
+    if not args.json:
+        return None
+    output = files.OutputFile(args.json, args.overwrite, "a file of measurements", holds_measurements)
+    with cli.errors_name_flag("--json", args.json):
+        output.check()
+    return output
+
+
+def holds_measurements(path):
+    """Whether the file at path is one that --json has written: a JSON object of lists and objects."""
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(contents, dict) and all(isinstance(part, dict | list) for part in contents.values())

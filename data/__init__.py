@@ -119,14 +119,19 @@ def ignore_signals(_worker):
 
 def to_device(tensor, device):
     """A tensor on a device. A GPU copies it from pinned memory, so that nothing waits for it."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    if _copies_in_order(device) and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=_copies_in_order(device))
 
 
 def to_model_range(images, device="cpu"):
     """uint8 images in [0, 255] → float32 in [-1, 1] on the device."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
+    return images.to(device, non_blocking=_copies_in_order(device)).float() / 127.5 - 1
+
+
+def _copies_in_order(device):
+    """Whether a copy to the device may go on while the tensor it is from is freed. On MPS it may not."""
+    return torch.device(device).type == "cuda"
 
 
 def to_uint8(images):

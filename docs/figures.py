@@ -104,7 +104,7 @@ def read_code_counts(events):
     path = max(Path(events.path).glob("*/codebook/metadata.tsv"), default=None)
     if path is None:
         raise ValueError(f"{events.path} has no codebook in the projector: its run has not finished")
-    return np.loadtxt(path, skiprows=1, dtype=int)[:, 1]
+    return np.loadtxt(path, skiprows=1, dtype=int, ndmin=2)[:, 1]
 
 
 def read_images(events, tag):

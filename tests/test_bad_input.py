@@ -89,6 +89,24 @@ def test_missing_apple_gpu_error_suggests_alternatives(folder, capsys, monkeypat
     assert snapshot(folder) == {}
 
 
+def test_torch_too_old_for_an_apple_gpu_is_one_line_and_auto_takes_the_cpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "2.5.1")
+    assert inputs.find_device("auto") == "cpu"
+    assert "a build of torch 2.6 or newer" in expect_usage_error("generate.py", ["--device", "mps"], capsys)
+    monkeypatch.setattr(torch, "__version__", "2.10.0.dev2026+cpu")
+    assert inputs.find_device("auto") == inputs.find_device("mps") == "mps"
+
+
+def test_size_beyond_all_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--k", "--hidden-size"):
+        line = expect_usage_error("VQ-VAE.py", ["--dataset", "MNIST-10k", flag, "1" + "0" * 17], capsys)
+        assert "no memory for a model of this size" in line and "0" * 17 in line
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_auto_device_prefers_cuda_then_mps_then_cpu(cuda, mps, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)

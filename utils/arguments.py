@@ -90,7 +90,7 @@ def name_inside(folder):
     """A type for names and relative paths inside a folder."""
     def convert(text):
         path = Path(text)
-        if not path.parts or path.is_absolute() or ".." in path.parts or not text.isprintable() or text[0] == "-":
+        if not path.parts or path.anchor or ".." in path.parts or not text.isprintable() or text[0] == "-":
             raise argparse.ArgumentTypeError(f"{text!r} is not a name inside {folder}/: "
                                              "give one without a leading / or - and without ..")
         if len(path.parts) > MAX_FOLDERS or any(len(os.fsencode(part)) > MAX_NAME for part in path.parts):

@@ -56,7 +56,7 @@ def event_files(folder, suffix=""):
 
 def own_files(folder, suffix=""):
     """Those of event_files() that a training of this repository has written, as far as they can be read."""
-    return [path for path in event_files(folder, suffix) if is_own(first_events(path))]
+    return [path for path in event_files(folder, suffix) if are_own(tags_of(first_events(path)))]
 
 
 def first_events(path):
@@ -88,9 +88,12 @@ def read_events(path):
         raise ValueError("a damaged record")
 
 
-def is_own(events):
-    """Whether events are those of a training of this repository."""
-    tags = [value.tag for event in events for value in event.summary.value]
+def tags_of(events):
+    return {value.tag for event in events for value in event.summary.value}
+
+
+def are_own(tags):
+    """Whether an event file with these tags is of a training of this repository."""
     return bool(tags) and all(tag == "lr" or tag.startswith(OWN_TAGS) for tag in tags)
 
 
@@ -115,25 +118,25 @@ def truncate_logs(folder, position, evaluated, epoch, suffix=""):
     remove_temporary_files(folder, EVENT_FILES)
     kept = []
     for path in event_files(folder, suffix):
-        buffer, found, is_damaged = io.BytesIO(), [], False
+        buffer, found, found_tags, is_damaged = io.BytesIO(), 0, set(), False
         records = RecordWriter(buffer)
         try:
             for event, record in read_events(path):
-                found.append(event)
                 tags = [value.tag for value in event.summary.value]
+                found, found_tags = found + 1, found_tags.union(tags)
                 last = next((x for start, x in ((IN_EPOCH, position), (LOSSES, evaluated))
                              if any(tag.startswith(start) for tag in tags)), epoch)
                 if event.step <= last and not any(tag.startswith(LOGGED_ONCE) for tag in tags):
                     records.write(record)
         except ValueError:
             is_damaged = True
-        if not is_own(found) and (found or not is_damaged):             # another program's, or empty
+        if not are_own(found_tags) and (found or not is_damaged):             # another program's, or empty
             continue
         if is_damaged:
             name = path.name.replace("tfevents", "damaged")             # which TensorBoard does not read
             aside = next(free for n in count(1) if not (free := path.with_name(f"{name}.{n}")).exists())
             write_atomically(aside, path.read_bytes())
-            print(f"{path} is damaged: its first {len(found):,} events are kept in it, and all of it in {aside}",
+            print(f"{path} is damaged: its first {found:,} events are kept in it, and all of it in {aside}",
                   file=sys.stderr)
         write_atomically(path, buffer.getbuffer())
         kept.append(path)

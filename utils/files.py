@@ -72,7 +72,7 @@ def write_atomically(path, data, check=lambda: None):
 
 def _short(name):
     """A name, cut so that a temporary file's name of it is not longer than file systems allow."""
-    return os.fsdecode(os.fsencode(name)[:MAX_NAME - 40])
+    return os.fsencode(name)[:MAX_NAME - 40].decode(errors="ignore")
 
 
 def remove_temporary_files(folder, *names):

@@ -13,6 +13,8 @@ from utils import distributed, files
 from utils.cli import errors_name_flag, printable
 from utils.memory import is_out_of_memory
 
+MPS_VERSION = 2, 6              # of torch, from which on it has autocast on an Apple GPU, and the gradients are right
+
 
 def find_device(name):
     """The name of a device of this machine, made torch's current one if it is a GPU; "auto" means the best one.
@@ -20,12 +22,13 @@ def find_device(name):
     Its convolutions are then in float32, as on a CPU: by default cuDNN rounds their operands to TF32, of ten bits, by
     which codes differ. Raises ValueError if the device is not there.
     """
+    has_mps = torch.backends.mps.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) >= MPS_VERSION
     if name == "auto":
         # A run records this choice, so that on another machine it is not resumed on another device unasked.
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: there is no Apple GPU: use --device cpu; a Mac with Apple silicon and "
-                         "a build of torch for it are needed")
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "mps" and not has_mps:
+        raise ValueError("--device mps: there is no Apple GPU, or torch cannot use it: use --device cpu; a Mac with "
+                         f"Apple silicon and a build of torch {'.'.join(map(str, MPS_VERSION))} or newer are needed")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: there is no CUDA GPU: use --device cpu, or on Colab choose "
                          "Runtime > Change runtime type > GPU; a CUDA build of torch and the NVIDIA driver are needed")

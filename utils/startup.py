@@ -13,7 +13,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 # In the messages of errors other than MemoryError: of the system's loader, torch on a CPU, Python's threads, oneDNN,
 # cuBLAS and cuDNN.
 OUT_OF_MEMORY_MESSAGES = ("failed to map segment", "allocate memory", "out of memory", "can't start new thread",
-                         "could not create a primitive", "ALLOC_FAILED")
+                         "could not create a primitive", "ALLOC_FAILED", "Storage size calculation overflowed")
 
 
 def reports():

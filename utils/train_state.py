@@ -198,6 +198,8 @@ def random_states():
               "numpy": [kind, keys.tolist(), position, has_gauss, cached], "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():         # a training on the CPU must not start CUDA
         states["cuda"] = [torch.cuda.get_rng_state()]
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -213,3 +215,5 @@ def restore_random_states(states):
     if torch.cuda.is_initialized() and states.get("cuda"):          # older files have the states of all GPUs
         own = torch.cuda.current_device() if distributed.world_size() == 1 else 0
         torch.cuda.set_rng_state(states["cuda"][own if own < len(states["cuda"]) else 0].cpu())
+    if torch.backends.mps.is_available() and "mps" in states:       # older files have none
+        torch.mps.set_rng_state(states["mps"].cpu())

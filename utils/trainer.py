@@ -355,7 +355,10 @@ class Trainer:
     def check_same_everywhere(self, *values):
         """Raise ValueError unless all processes have the same settings, data and state."""
         settings = {name: value for name, value in vars(self.args).items() if name not in MACHINE_ARGS}
-        distributed.check_same_everywhere(settings, self.metadata, self.num_images, self.state.step, *values)
+        metadata = dict(self.metadata)
+        if isinstance(metadata["dataset"], dict):
+            metadata["dataset"] = {**metadata["dataset"], "folder": None}           # its files have a fingerprint
+        distributed.check_same_everywhere(settings, metadata, self.num_images, self.state.step, *values)
 
     def finite_losses(self):
         """(n, L), on the CPU: the losses since the last log. Raises ValueError if one is not finite.
