@@ -1,6 +1,6 @@
 """Measure the figures of the README and of docs/ anew, and compare: python3 benchmarks/reproduce.py [NAME ...]
 
-NAME is a table or a row of --list; without any, all of them run, about 23 hours of one core. Interrupted, the same
+NAME is a table or a row of --list; without any, all of them run, about 27 hours of one core. Interrupted, the same
 command goes on where it was. For each row FOLDER/results/ROW.json has everything that was measured. Exits with status 1
 if a figure differs from that of the documents by more than the tolerance of its kind (KINDS in result_rows.py), or if a
 document does not show what docs/results/*.json, the source of its tables, gives.

@@ -60,8 +60,9 @@ def quantizer(name):
     def figure(kind, form):
         return f"{{quantizers:{kind} {name}:{form}}}"
 
-    cells = [figure("rate", "g"), figure("mse", ".4f"), figure("perplexity", ".0f"),
-             figure("used", ".0f"), figure("nats", ".1f"), figure("bits", ".3f"), figure("ms", ".0f")]
+    cells = [figure("rate", "g"), f"{figure('mean_mse', '.4f')} ± {figure('range', '.4f')}",
+             figure("mean_perplexity", ".0f"), figure("mean_used", ".0f"), figure("nats", ".1f"),
+             figure("bits", ".3f"), figure("ms", ".0f")]
     return f"| {name} | {' | '.join(cells)} |"
 
 
