@@ -23,7 +23,7 @@ from utils import files
 resource = pytest.importorskip("resource", reason="no limits on memory on this system")
 
 # Damaged copies of each of five files: 80 are enough for every kind of damage in every script.
-COPIES = int(os.environ.get("DAMAGED_COPIES", 60))
+COPIES = int(os.environ.get("DAMAGED_COPIES", 80))
 MAX_SECONDS = 30                # limit of CPU time for one script and file
 MAX_MEMORY = 300 * 2**20        # limit of memory growth over all runs, in bytes
 
