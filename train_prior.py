@@ -39,7 +39,7 @@ def get_parser():
     group.add_argument("--lr", type=arguments.number(above=0), default=2e-3, metavar="RATE",
                        help=f"peak learning rate of AdamW: linear warm-up, then cosine decay {shown}")
     group.add_argument("--shift", type=arguments.integer(0, 4), default=1, metavar="PIXELS",
-                       help=f"also train on images shifted by up to PIXELS pixels; the prior is told the shift {shown}")
+                       help=f"also train on images shifted by up to PIXELS pixels, conditioned on the shift {shown}")
     group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help=f"seed of weights, data order, shifts and samples {shown}")
     group.add_argument("--sample-every", type=arguments.integer(0), default=1, metavar="EPOCHS",

@@ -130,7 +130,7 @@ def to_model_range(images, device="cpu"):
 
 
 def _copies_in_order(device):
-    """Whether a copy to the device may go on while the tensor it is from is freed. On MPS it may not."""
+    """Whether a copy to the device may still be under way when its source is freed: only where torch holds it."""
     return torch.device(device).type == "cuda"
 
 

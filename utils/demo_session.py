@@ -20,7 +20,7 @@ from utils import code_pictures, files
 from utils.code_pictures import figure, tiles
 
 ALL_CODES, NEAREST_CODES = 1024, 200        # a palette has the whole codebook up to so many codes, else the nearest
-LARGEST_MAP, SMALL_TILES = 32, 16           # codes on a side: those of a larger map cannot be told apart on the page
+LARGEST_MAP, SMALL_TILES = 32, 16           # codes on a side: those of a larger map cannot be distinguished on the page
 MAX_PIXELS = 64_000_000         # of a file: it takes 4 bytes for each to read one
 MAX_HISTORY = 1000              # changes that can be undone
 COMPLETIONS = 10
