@@ -34,7 +34,7 @@ def get_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=arguments.integer(1), default=32, metavar="N",
                        help=f"code maps per step, of all processes together {shown}")
-    group.add_argument("--num-epochs", type=arguments.integer(1), default=28, metavar="N",
+    group.add_argument("--num-epochs", type=arguments.integer(1), default=24, metavar="N",
                        help=f"passes over the training set {shown}")
     group.add_argument("--lr", type=arguments.number(above=0), default=3e-3, metavar="RATE",
                        help=f"peak learning rate of AdamW: linear warm-up, then cosine decay {shown}")

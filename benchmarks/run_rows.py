@@ -25,7 +25,7 @@ from utils.interruptions import StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a training's folder its state and its track; and how many epochs it has by default.
-TRAININGS = {"VQ-VAE.py": ("last.pt", "track.txt", 10), "train_prior.py": ("prior-last.pt", "prior-track.txt", 28),
+TRAININGS = {"VQ-VAE.py": ("last.pt", "track.txt", 10), "train_prior.py": ("prior-last.pt", "prior-track.txt", 24),
              "train_classifier.py": ("{}-last.pt", "{}-track.txt", 10)}              # {} is its --output
 SAVE_EVERY = 500                # steps, for a machine that loses its power
 POLL_SECONDS, STOP_SECONDS = 0.2, 120
