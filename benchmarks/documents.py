@@ -22,8 +22,11 @@ class Figures:
         self.folder, self.contents = Path(folder), {}
 
     def of_row(self, row):
-        """{figure: value} of a row; empty if it has no file. Raises ValueError if the file is damaged."""
-        return self.read(row)["figures"]
+        """{figure: value} of a row, or of the one that it repeats; empty if it has no file.
+
+        Raises ValueError if the file is damaged.
+        """
+        return self.read(BY_NAME.get(row.repeats, row))["figures"]
 
     def read(self, row):
         """The command and the figures in a row's file."""
@@ -173,7 +176,7 @@ def rewritten_documents(folder):
 
 def places_of(row, figure):
     """Where the documents show a figure of a row: "FILE, table under HEADING" or "FILE, in the text", each once."""
-    shows = f"{{{row.name}:{figure}:"
+    shows = f"{{{row.repeats or row.name}:{figure}:"
     places = [f"{table.page}, table under \"{table.heading}\"" for table in TABLES if shows in "".join(table.lines)]
     places += [f"{sentence.page}, in the text" for sentence in SENTENCES if shows in sentence.text]
     return list(dict.fromkeys(places))

@@ -1,6 +1,6 @@
 """Measure the figures of the README and of docs/ anew, and compare: python3 benchmarks/reproduce.py [NAME ...]
 
-NAME is a table or a row of --list; without any, all of them run, about 27 hours of one core. Interrupted, the same
+NAME is a table or a row of --list; without any, all of them run, about 26 hours of one core. Interrupted, the same
 command goes on where it was. For each row FOLDER/results/ROW.json has everything that was measured. Exits with status 1
 if a figure differs from that of the documents by more than the tolerance of its kind (KINDS in result_rows.py), or if a
 document does not show what docs/results/*.json, the source of its tables, gives.
@@ -196,7 +196,11 @@ def print_columns(lines):
 # ---------------------------------------------------------------- the documents
 
 def adopt(args, rows):
-    """Copy the results of rows into docs/results. Raises ValueError if a row has not been measured with every seed."""
+    """Copy the results of rows into docs/results, but not of those that only repeat another.
+
+    Raises ValueError if a row has not been measured with every seed.
+    """
+    rows = [row for row in rows if not row.repeats]
     records = [Record(row, args.folder) for row in rows if (args.folder / "results" / f"{row.slug}.json").exists()]
     for record in records:
         record.count_figures()

@@ -165,6 +165,24 @@ def test_measured_figure_that_differs_names_file_and_table(repository, tmp_path,
     reproduce.main(["published", "--check"])
 
 
+def test_weights_made_anew_are_compared_with_the_shipped_ones(repository, tmp_path, capsys):
+    row = documents.BY_NAME["pipeline completions"]
+    shown = documents.Figures(repository / "docs" / "results").of_row(documents.BY_NAME["completions"])
+    output = {"rows": [{"share": shown[f"read {kept} rows"]["mean"], "error": 0.01} for kept in range(8)]}
+    record = run_rows.Record(row, tmp_path / "reproduced")
+    record.add({"seed": 0, "output": output})
+    reproduce.main(["pipeline completions", "--check"])
+    output["rows"][3]["share"] -= 0.2
+    record.add({"seed": 0, "output": output})
+    capsys.readouterr()
+    assert exit_status(["pipeline completions", "--check"]) == 1
+    assert ("docs/sampling.md, table under \"Complete an image\": read as the true digit 3 rows of "
+            "'pipeline completions'") in capsys.readouterr().out
+    former = sorted(path.name for path in (repository / "docs" / "results").iterdir())
+    reproduce.main(["pipeline completions", "--write-tables", "--adopt"])
+    assert sorted(path.name for path in (repository / "docs" / "results").iterdir()) == former
+
+
 def test_two_classifiers_have_files_of_their_own_and_records_name_no_path_of_the_machine(tmp_path):
     by_name = {row.name: row for row in result_rows.ROWS}
     files = [run_rows.Run(by_name[name], 0, tmp_path, tmp_path).files() for name in ("classifier",
