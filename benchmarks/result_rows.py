@@ -91,7 +91,8 @@ MODEL = {"mse": "mse", "psnr": "psnr", "codebook": "codebook_loss", "perplexity"
          "bits": "bits_per_dimension"}
 PRIOR = {"nats": "prior.nats_per_code", "bits prior": "prior.bits_per_dimension"}
 JUDGED = "recognised", "frechet", "precision", "recall"
-SAMPLES = {f"{figure} samples": f"prior.samples.{figure}" for figure in JUDGED[:2]}
+SAMPLES = {"recognised samples": "prior.samples.recognised",
+           "error recognised samples": "prior.samples.recognised_error", "frechet samples": "prior.samples.frechet"}
 JUDGED_IMAGES = {"samples": "samples", "reconstructions": "reconstructions", "noise": "random", "test set": "test_set"}
 
 

@@ -37,8 +37,8 @@ def codebook(init, restart, update):
 
 
 def sampled(row, flags):
-    figures = "recognised samples:.2%", "frechet samples:.2f"
-    return f"| {flags} | " + " | ".join(f"{{{row}:{figure}}}" for figure in figures) + " |"
+    return (f"| {flags} | {{{row}:recognised samples:.2%}} ± {{{row}:error recognised samples:.2%}} | "
+            f"{{{row}:frechet samples:.2f}} |")
 
 
 def judged(judge=""):
