@@ -59,10 +59,10 @@ def test_checkpoint_record_track_and_logs_agree():
     contents = checkpoint.load(checkpoint.PRETRAINED)
     header, *lines = TRACK.splitlines()
     rows = [dict(zip(header.split(), map(float, line.split()))) for line in lines]
-    best = min(rows, key=lambda row: row["test_recon"])
+    best = min(rows, key=lambda row: row["val_recon"])
     assert best["epoch"] == contents["epoch"] and best["step"] == contents["step"]
     assert best["test_recon"] == pytest.approx(contents["test"]["reconstruction"], abs=1e-5)
-    assert best["test_recon"] <= 0.007 and best["perplexity"] >= 340 and best["used"] >= 508
+    assert best["test_recon"] <= 0.0068 and best["perplexity"] >= 300 and best["used"] >= 508
     assert recorded("test MSE") == pytest.approx(best["test_recon"], abs=5e-5)
     assert recorded("perplexity") == pytest.approx(best["perplexity"], abs=0.5)
     assert recorded("codes used") == best["used"]
@@ -78,7 +78,7 @@ def test_checkpoint_record_track_and_logs_agree():
     for column, tag in (("test_recon", "loss/test/reconstruction"), ("perplexity", "codebook/perplexity"),
                         ("used", "codebook/used"), ("restarts", "codebook/restarts")):
         assert np.allclose([event.value for event in run.Scalars(tag)], [row[column] for row in rows], rtol=1e-2)
-    counts = np.loadtxt(LOGS / "recommended" / "00010" / "codebook" / "metadata.tsv", skiprows=1, dtype=int)[:, 1]
+    counts = np.loadtxt(LOGS / "recommended" / "00012" / "codebook" / "metadata.tsv", skiprows=1, dtype=int)[:, 1]
     assert counts.sum() == 10_000 * 49
     assert (counts > 0).sum() == rows[-1]["used"]
 
@@ -105,7 +105,7 @@ def test_pretrained_prior_and_classifiers_are_those_in_model_txt():
         assert f"pretrained/{path.name}" in RECORD and path.stat().st_size < largest
         assert hashlib.sha256(path.read_bytes()).hexdigest() in RECORD
     _, contents = checkpoint.load_prior(PRIOR, checkpoint.PRETRAINED)
-    assert contents["dataset"] == "MNIST" and contents["test"]["nats_per_code"] <= 2.05
+    assert contents["dataset"] == "MNIST" and contents["test"]["nats_per_code"] <= 2.3
     assert recorded("nats per code") == pytest.approx(contents["test"]["nats_per_code"], abs=2e-4)
     for path in classifiers:
         _, contents = checkpoint.load_classifier(path)

@@ -108,14 +108,15 @@ def test_claim_changed_by_hand_is_found_and_written_anew(repository, capsys):
     former = (repository / "docs" / "results.md").read_text(), (repository / "model.txt").read_text()
     reproduce.main(["--check"])
     replace_in(repository / "docs" / "results.md", "| `--beta 2` | 0.0099 | 328 |", "| `--beta 2` | 0.0089 | 328 |")
-    replace_in(repository / "model.txt", "PSNR                 27.65 dB", "PSNR                 27.56 dB")
+    psnr = re.search(r"PSNR +(\d+\.\d+) dB", former[1])[1]                        # the first one in the file
+    replace_in(repository / "model.txt", f"PSNR                 {psnr} dB", "PSNR                 20.00 dB")
     capsys.readouterr()
     assert exit_status(["--check"]) == 1
     output = capsys.readouterr().out
     line = former[0].split("| `--beta 2` |")[0].count("\n") + 1
     place = f'docs/results.md, line {line}, table under "Effect of each setting"'
     assert f"{place}: it says\n    | `--beta 2` | 0.0089 |" in output
-    assert 'model.txt, line ' in output and "it says 27.56, and docs/results gives 27.65" in output
+    assert 'model.txt, line ' in output and f"it says 20.00, and docs/results gives {psnr}" in output
     reproduce.main(["--write-tables"])
     assert former == ((repository / "docs" / "results.md").read_text(), (repository / "model.txt").read_text())
 
@@ -144,31 +145,38 @@ def test_figures_are_shown_with_the_digits_and_the_deviation_that_fit():
 
 def test_measured_figure_that_differs_names_file_and_table(repository, tmp_path, capsys):
     row = next(row for row in result_rows.ROWS if row.name == "published")
-    epochs = [{"epoch": epoch, "test_recon": error, "perplexity": 10.5, "used": 36}
-              for epoch, error in ((9, 0.9), (10, 0.0434))]
+    claimed = documents.Figures(repository / "docs" / "results").of_row(row)
+    (mse, deviation, _), perplexity, used = claimed["mse"].values(), *(claimed[name]["mean"] for name in ("perplexity",
+                                                                                                    "used"))
+    epochs = [{"epoch": epoch, "test_recon": error, "perplexity": perplexity, "used": used}
+              for epoch, error in ((9, 0.9), (10, 1.02 * mse))]
     record = run_rows.Record(row, tmp_path / "reproduced")
     for seed in row.seeds:
         record.add({"seed": seed, "output": {"epochs": [dict(epoch) for epoch in epochs]}})
     reproduce.main(["published", "--check"])
-    assert "0.04340 ± 0.00000  0.04270 ± 0.00070\n" in capsys.readouterr().out
-    record.contents["runs"][0]["output"]["epochs"][-1]["test_recon"] = 0.07         # the mean becomes 0.0523
+    assert f"{1.02 * mse:.5f} ± 0.00000  {mse:.5f} ± {deviation:.5f}\n" in capsys.readouterr().out
+    record.contents["runs"][0]["output"]["epochs"][-1]["test_recon"] = 1.62 * mse   # the mean becomes 1.22 × mse
     record.write()
     assert exit_status(["published", "--check"]) == 1
     output = capsys.readouterr().out
     assert ('README.md, table under "VQ-VAE on MNIST, in PyTorch"; README.md, table under "Results"; docs/results.md, '
-            "table under \"Results\"; docs/results.md, in the text: test MSE of 'published' is 0.04270 ± 0.00070, "
-            "measured 0.05227") in output
-    assert output.count("may differ by") == 1 and "may differ by 0.00366" in output      # 3·√(2/3) of 3.5 %
+            f"table under \"Results\"; docs/results.md, in the text: test MSE of 'published' is {mse:.5f} ± "
+            f"{deviation:.5f}, measured {1.22 * mse:.5f}") in output
+    limit = 3 * (2 / 3)**0.5 * 0.035 * mse
+    assert output.count("may differ by") == 1 and f"may differ by {limit:.5f}" in output
     # What has been measured becomes what the documents show.
     reproduce.main(["published", "--write-tables", "--adopt"])
-    assert "| 0.0523 ± 0.0154 | 10 ± 0 | 36 ± 0 |" in (repository / "README.md").read_text()
+    assert (f"| {1.22 * mse:.4f} ± {0.6 * mse / 3**0.5:.4f} | {perplexity:.0f} ± 0 | {used:.0f} ± 0 |"
+            in (repository / "README.md").read_text())
     reproduce.main(["published", "--check"])
 
 
 def test_weights_made_anew_are_compared_with_the_shipped_ones(repository, tmp_path, capsys):
     row = documents.BY_NAME["pipeline completions"]
     shown = documents.Figures(repository / "docs" / "results").of_row(documents.BY_NAME["completions"])
-    output = {"rows": [{"share": shown[f"read {kept} rows"]["mean"], "error": 0.01} for kept in range(8)]}
+    output = {"rows": [{key: shown[f"{figure} {kept} rows"]["mean"] for figure, key in (("read", "share"),
+                                                                                         ("error", "error"))}
+                       for kept in range(8)]}
     record = run_rows.Record(row, tmp_path / "reproduced")
     record.add({"seed": 0, "output": output})
     reproduce.main(["pipeline completions", "--check"])
