@@ -60,6 +60,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 from utils import files, inputs, speed
 from utils.demo_session import ANY, Demo
 
@@ -154,7 +155,7 @@ def add_tabs(demo):
     with gr.Tab("Change a code"):
         gr.Markdown(CHANGE)
         changing = add_changing(demo, session, start)
-    with gr.Tab("New digits" if demo.digits is not None else "New images"):
+    with gr.Tab("New digits" if demo.classes == list(data.DIGITS) else "New images"):
         gr.Markdown(SAMPLE)
         add_sampling(demo)
     with gr.Tab("Finish it"):
@@ -191,6 +192,8 @@ def on_page(handler, key=None):
 def add_sources(demo, session):
     """What a picture can come from, but a drawing. → (event, handler, its inputs, key of its event data) for each."""
     sources = []
+    if demo.digits_note:
+        gr.Markdown(f"The bundled digits: {demo.digits_note}")
     with gr.Row(equal_height=False):
         if demo.digits is not None:
             last = len(demo.digits) - 1
@@ -230,14 +233,19 @@ def add_changing(demo, session, start):
     def show_code(session):
         return session, demo.show_changed_map(session), demo.show_changed_picture(session)
 
+    def undo_code(session, label):
+        """The palette stays as it is if it is of the same place, as it does when a code is chosen."""
+        undone = demo.undo(session)
+        same = undone.place == session.place
+        return *show_code(undone), gr.skip() if same else demo.show_palette(undone, label)
+
     places.select(on_page(lambda session, label, place: show_place(demo.choose_place(session, place), label), "place"),
                   [session, label], [session, places, palette], **QUICK)
     palette.select(on_page(lambda session, code: show_code(demo.choose_code(session, code)), "code"), session,
                    [session, places, pictures], **QUICK)
     label.change(on_page(demo.show_palette), [session, label], palette, **QUICK)
-    for button, handler in ((undo, demo.undo), (reset, demo.reset)):
-        button.click(on_page(lambda session, handler=handler: show_code(handler(session))), session,
-                     [session, places, pictures], **QUICK)
+    undo.click(on_page(undo_code), [session, label], [session, places, pictures, palette], **QUICK)
+    reset.click(on_page(lambda session: show_code(demo.reset(session))), session, [session, places, pictures], **QUICK)
     return places, pictures, palette
 
 
@@ -247,7 +255,7 @@ def add_sampling(demo):
         gr.Markdown(NO_PRIOR.format(command=demo.train_command))
         return
     with gr.Row():
-        label = add_label(demo, "class")
+        label = add_label(demo, "class", value=0)               # guidance needs one
         seed = gr.Number(0, label="seed", precision=0, minimum=0)
     with gr.Row():
         temperature = gr.Slider(0.1, 2, 1, step=0.05, label="temperature", min_width=240)
@@ -285,12 +293,13 @@ def add_completing(demo, session, start):
     return rows, kept
 
 
-def add_label(demo, label, visible=True):
-    """A menu of the prior's classes; with none, if it has learned images without a class."""
+def add_label(demo, label, visible=True, value=ANY):
+    """A menu of the prior's classes; with none, if it has learned images without a class. value: chosen at first."""
     choices = [(name, i) for i, name in enumerate(demo.classes)]
     if demo.prior is None or demo.prior.drop_label:
         choices.insert(0, ("none", ANY))
-    return gr.Dropdown(choices, value=choices[0][1], label=label, visible=visible)
+    value = value if value in dict(choices).values() else choices[0][1]
+    return gr.Dropdown(choices, value=value, label=label, visible=visible)
 
 
 # ---------------------------------------------------------------- the command

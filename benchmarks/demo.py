@@ -73,7 +73,8 @@ class Visitor:
     def request(self, action):
         """Send an action and wait for its complete answer. → seconds"""
         number = self.page.events[action]
-        values = {"draw": [3], "choose a place": [None, -1], "finish": [None, 3, -1, 0]}.get(action, [None])
+        values = {"draw": [3], "choose a place": [None, -1], "undo": [None, -1],
+                  "finish": [None, 3, -1, 0]}.get(action, [None])
         data = {"draw": {"strokes": self.stroke()}, "choose a place": {"place": self.random.randrange(49)},
                 "choose a code": {"code": self.random.randrange(512)}}.get(action)
         body = {"data": values, "event_data": data, "fn_index": number, "session_hash": self.session}

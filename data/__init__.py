@@ -223,7 +223,7 @@ def seen_in_training(trained_on, name):
                       "(NIST's Special Database 19): it may have seen some of these images.")
     if name == "MNIST-10k":
         return True, (f"The model was trained on {trained_on}, whose training set has the same digits: it has seen "
-                      "these images, so this is not a test.")
+                      "these images, except for those held out, so this is not a test.")
     return False, ""
 
 

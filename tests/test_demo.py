@@ -229,6 +229,23 @@ def test_codes_are_changed_undone_and_reset(demo):
     assert torch.equal(demo.reset(third).changed, first.codes) and not demo.reset(third).history
 
 
+def test_guidance_without_a_class_is_a_sentence(demo):
+    for guidance in (0, 2):
+        with pytest.raises(ValueError, match="guidance is towards a class: choose one"):
+            next(demo.sample(ANY, 1, 512, guidance, 0))
+    assert next(demo.sample(ANY, 1, 512, 1, 0)) and next(demo.sample(0, 1, 512, 2, 0))
+
+
+def test_bundled_digits_are_offered_to_models_of_digits_only_which_say_whether_they_have_seen_them(demo):
+    assert "MNIST, whose training set has the same digits: it has seen" in demo.digits_note
+    model, contents = checkpoint.load_model(checkpoint.PRETRAINED)
+    for name, has_digits in (("MNIST-10k", True), ("EMNIST-letters", True), ("FashionMNIST", False), ("folder", False)):
+        other = Demo(model, contents | {"dataset": contents["dataset"] | {"name": name}})
+        assert (other.digits is not None) == (other.counts is not None) == has_digits, name
+        assert bool(other.digits_note) == name.startswith("EMNIST")
+        assert other.start().codes.shape == (7, 7)
+
+
 @pytest.mark.parametrize("value", [None, "x", math.nan, []])
 def test_sampling_values_of_no_browser_are_a_sentence(value, demo):
     for values in ((value, 5, 1), (1, value, 1), (1, 5, value)):

@@ -163,6 +163,26 @@ def test_every_tab_works_on_a_phone(open_page, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
+def test_undo_shows_the_palette_of_its_place(open_page):
+    page = open_page(DESKTOP)
+    open_tab(page, "Change a code")
+    codes, palettes, image = numbers(page, "#places"), [], "document.querySelector('#changed .after img').src"
+    for place in (24, 3):
+        text = page.inner_text("#palette")
+        page.locator("#places button").nth(place).click()
+        wait_for_change(page, "#palette", "innerText", text)
+        palettes.append(numbers(page, "#palette .palette"))
+        before = page.evaluate(image)
+        page.locator("#palette .palette button").last.click()
+        wait_for_change(page, "#changed .after img", "src", before)
+    for expected in palettes[::-1]:
+        before = page.evaluate(image)
+        page.get_by_role("button", name="Undo").click()
+        wait_for_change(page, "#changed .after img", "src", before)
+        assert numbers(page, "#palette .palette") == expected
+    assert numbers(page, "#places") == codes
+
+
 def test_no_stroke_is_lost_while_another_is_answered(open_page):
     page = open_page(DESKTOP)
     for corner in ((0.2, 0.2), (0.8, 0.2), (0.2, 0.8), (0.8, 0.8)):

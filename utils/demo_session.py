@@ -57,7 +57,10 @@ class Demo:
                              f"which shows up to {LARGEST_MAP}×{LARGEST_MAP}: train one with a larger --downsample or "
                              "a smaller --image-size")
         self.device = next(model.parameters()).device
-        self.digits = data.load("MNIST-10k", "")[1].images if self.shape == (1, 28, 28) else None
+        trained_on, self.digits, self.digits_note = contents["dataset"]["name"], None, ""
+        if self.shape == (1, 28, 28) and trained_on in data.MNIST_RELATIVES:
+            self.digits = data.load("MNIST-10k", "")[1].images
+            self.digits_note = data.seen_in_training(trained_on, "MNIST-10k")[1]
         self.can_draw = self.shape[0] == 1
         self.counts = self.all_patches = None
         if self.digits is not None:
@@ -141,6 +144,8 @@ class Demo:
         sampling = {"temperature": _number(temperature, "a temperature"), "guidance": _number(guidance, "a guidance")}
         top_k = int(_number(top_k, "a number of codes"))
         sampling["top_k"] = None if top_k >= self.num_codes else top_k
+        if label == ANY and sampling["guidance"] != 1:
+            raise ValueError("guidance is towards a class: choose one, or set guidance to 1")
         total, codes, due = math.prod(self.map_size), [], time.monotonic()
         step = math.ceil(total / FRAMES)
         for code in self.prior.sample_in_order(self._labels(label, 1), **sampling, generator=_generator(seed)):
@@ -217,7 +222,7 @@ class Demo:
             titles = [f"{title}, used {note}" for title, note in zip(titles, notes)]
         which = f"All {len(codes)} codes" if count == self.num_codes else (
             f"The {len(codes)} codes of {self.num_codes:,} that are most similar")
-        text = f"{which}, by their distance to code {own} at row {row}, column {column}, which comes first."
+        text = f"{which}, by their distance to code {own}, which was at row {row}, column {column} and comes first."
         if self.counts is not None:
             text += (" Above each number, how often the code is used in 1,000 bundled digits. Many patches are dark, "
                      "since a code also describes what surrounds it.")
