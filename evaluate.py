@@ -109,7 +109,10 @@ def table(measured, is_test):
 # ---------------------------------------------------------------- the prior
 
 def open_classifiers(args, are_digits):
-    """{path: classifier}: the one that the arguments name, else the shipped ones. Empty if the images are no digits."""
+    """{path: (classifier, name of the data set that it was trained on)}, empty if the images are no digits.
+
+    The one that the arguments name, else the shipped ones.
+    """
     first, *others = checkpoint.CLASSIFIERS
     shipped = [files.typed_path(path) for path in (first, *others) if path == first or path.exists()]
     paths = [args.classifier] if args.classifier else shipped
@@ -123,7 +126,8 @@ def open_classifiers(args, are_digits):
 
 def _open_classifier(path, device):
     with cli.errors_name_flag("--classifier", path):
-        return checkpoint.load_classifier(path, device)[0]
+        classifier, contents = checkpoint.load_classifier(path, device)
+        return classifier, contents["dataset"]
 
 
 def measure_prior(model, prior, classifiers, train_set, test_set, args):
@@ -264,6 +268,18 @@ def prior_table(measured, words):
     return "\n".join(lines)
 
 
+def notes_on_training(trained_on, prior, dataset, train_images):
+    """Sentences on what the prior and the classifiers were trained on, where that makes figures better than they are.
+
+    trained_on: {path: name of a data set}, with the path of the prior among them.
+    """
+    notes = [data.seen_in_training(known, dataset, path)[1] for path, known in trained_on.items()]
+    if trained_on[prior] != dataset:
+        notes.append(f"Copies have been looked for among the {train_images:,} training images of {dataset}, not of "
+                     f"{trained_on[prior]}, which the prior was trained on.")
+    return filter(None, notes)
+
+
 def percent(figures, name):
     """A share and its standard error as text."""
     return f"{figures[name]:.2%} ± {figures[f'{name}_error']:.2%}"
@@ -297,11 +313,12 @@ def run(args):
     outputs = open_outputs(args)
     model, contents, path = inputs.open_model(args)
     if args.prior:
-        prior, classes, prior_path = inputs.open_prior(args, model, contents)
+        prior, prior_contents, prior_path = inputs.open_prior(args, model, contents)
     dataset, train_set, test_set = inputs.open_data(args, contents)
     if args.prior:
         classifiers = open_classifiers(args, data.are_digits(test_set))
         H, W = model.image_size(prior.height, prior.width)
+        classes = prior_contents["classes"]
         if (classes, [H, W]) != (test_set.classes, test_set.shape[1:]):
             raise ValueError(f"--dataset {dataset}: the prior in {prior_path} was trained on other images: its "
                              f"classes are {', '.join(classes[:50])}, of {H}×{W} pixels")
@@ -317,8 +334,11 @@ def run(args):
           + f"\n{table(measured, not seen)}", flush=True)
     figures, written = {"model": str(path), "dataset": dataset, "seen_in_training": seen, **measured}, {}
     if args.prior:
-        figures["prior"], pairs = measure_prior(model, prior, classifiers, train_set, test_set, args)
-        print(f"\n{prior_path}\n{prior_table(figures['prior'], 'images' if seen else 'test set')}")
+        networks = {name: classifier for name, (classifier, _) in classifiers.items()}
+        figures["prior"], pairs = measure_prior(model, prior, networks, train_set, test_set, args)
+        trained_on = {prior_path: prior_contents["dataset"]} | {name: known for name, (_, known) in classifiers.items()}
+        print("\n".join(["", prior_path, prior_table(figures["prior"], "images" if seen else "test set"),
+                         *notes_on_training(trained_on, prior_path, dataset, len(train_set))]))
         written["--pairs"] = image_file.as_png(draw_pairs(pairs))
     written["--json"] = (json.dumps(figures, indent=2, allow_nan=False) + "\n").encode()
     for flag, output in outputs.items():

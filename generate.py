@@ -171,10 +171,10 @@ def interleaved(originals, reconstructions):
 
 def sample_prior(model, contents, generator, args):
     """100 code maps (100, h, w) from the prior: equally many of each class, or all of args.label."""
-    prior, classes, _ = inputs.open_prior(args, model, contents)
+    prior, prior_contents, _ = inputs.open_prior(args, model, contents)
     labels = samples.balanced_labels(prior.num_classes, ROWS**2)
     if args.label is not None:
-        labels = torch.full((ROWS**2,), class_number(args.label, classes))
+        labels = torch.full((ROWS**2,), class_number(args.label, prior_contents["classes"]))
     with tqdm(total=len(labels), desc="sampling", unit="img", leave=False, disable=None) as bar:
         return samples.sample_maps(prior, labels, cli.sampling_arguments(args), generator, bar)
 
@@ -184,13 +184,13 @@ def open_completing_prior(model, contents, args):
 
     Raises ValueError if its maps have less than args.complete rows, or it needs a class and none is given.
     """
-    prior, classes, path = inputs.open_prior(args, model, contents)
+    prior, prior_contents, path = inputs.open_prior(args, model, contents)
     if args.complete > prior.height:
         raise ValueError(f"--complete {args.complete}: the model's code maps have {prior.height} rows")
     if args.label is None and not prior.drop_label:
         raise ValueError(f"--complete {args.complete}: the prior in {path} was trained with --drop-label 0 and knows "
                          "no images without a class: give one with --label")
-    return prior, prior.num_classes if args.label is None else class_number(args.label, classes)
+    return prior, prior.num_classes if args.label is None else class_number(args.label, prior_contents["classes"])
 
 
 def complete(model, prior, label, images, generator, args):

@@ -207,7 +207,7 @@ def are_digits(dataset):
     return dataset.shape == [1, 28, 28] and dataset.classes == list(DIGITS)
 
 
-def seen_in_training(trained_on, name):
+def seen_in_training(trained_on, name, model="The model"):
     """Whether a model trained on one data set has seen the test images of another, and a sentence that says so.
 
     True, False (then the sentence is empty), or None where it is not known. MNIST-10k is a part of MNIST's training
@@ -219,10 +219,10 @@ def seen_in_training(trained_on, name):
     if name == trained_on or not {trained_on, name} <= MNIST_RELATIVES:
         return False, ""
     if any(each.startswith("EMNIST") for each in (trained_on, name)):
-        return None, (f"The model was trained on {trained_on}, which is made from the same handwriting as {name} "
+        return None, (f"{model} was trained on {trained_on}, which is made from the same handwriting as {name} "
                       "(NIST's Special Database 19): it may have seen some of these images.")
     if name == "MNIST-10k":
-        return True, (f"The model was trained on {trained_on}, whose training set has the same digits: it has seen "
+        return True, (f"{model} was trained on {trained_on}, whose training set has the same digits: it has seen "
                       "these images, except for those held out, so this is not a test.")
     return False, ""
 

@@ -84,6 +84,20 @@ def test_images_that_the_model_has_seen_are_not_called_a_test(mnist_folder, monk
         True, False]
 
 
+def test_what_prior_and_classifiers_have_seen_is_said(mnist_folder, monkeypatch, capsys, tmp_path):
+    """The shipped ones were trained on MNIST."""
+    monkeypatch.chdir(tmp_path)
+    script, load = import_script("evaluate.py"), data.load
+    monkeypatch.setattr(data, "load", lambda *given: [data.Images(*part[:64]) for part in load(*given)])
+    monkeypatch.setattr(script, "NUM_SAMPLES", 20)
+    for words, noted in ((["--dataset", "MNIST-10k"], True), (["--data-folder", str(mnist_folder)], False)):
+        script.main([*words, "--prior", str(checkpoint.PRETRAINED_PRIOR)])
+        output = capsys.readouterr().out
+        for path in (checkpoint.PRETRAINED_PRIOR, *checkpoint.CLASSIFIERS):
+            assert (f"{path.name} was trained on MNIST, whose training set has the same digits" in output) == noted
+        assert ("looked for among the 64 training images of MNIST-10k, not of MNIST, which" in output) == noted
+
+
 def test_pairs_are_written_under_the_policy_of_all_outputs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     load = data.load

@@ -77,7 +77,7 @@ def load_data(name, folder, shape):
 
 
 def open_prior(args, model, contents):
-    """The prior that the arguments name, else the one beside the model of open_model(). → prior, its classes, its path
+    """The prior that the arguments name, else the one beside the model of open_model(). → prior, contents, path
 
     Raises ValueError if there is none.
     """
@@ -90,7 +90,7 @@ def open_prior(args, model, contents):
         if args.guidance != 1 and not prior.drop_label:
             raise ValueError(f"--guidance {args.guidance:g}: it was trained with --drop-label 0 and knows no images "
                              "without a class: leave --guidance out")
-        return prior, contents["classes"], path
+        return prior, contents, path
 
 
 def open_prior_if_any(path, model, contents, device):
