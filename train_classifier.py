@@ -83,8 +83,9 @@ def train(trainer, batches, test_set):
     for epoch in trainer.epochs():                            # where it left off, if resumed
         model.train()
         for images, labels in trainer.batches(batches):
+            labels = data.to_device(labels, args.device)
             x = augment(data.to_model_range(images, args.device))     # (B, 1, H, W) in [-1, 1]
-            loss = F.cross_entropy(model(x), labels.to(args.device))
+            loss = F.cross_entropy(model(x), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -104,10 +105,10 @@ def train(trainer, batches, test_set):
 def test_accuracy(model, test_set, device):
     """The share of test images that the classifier recognises, in evaluation mode."""
     model.eval()
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     for images, labels in data.batches(test_set, images_that_fit(*test_set.shape[1:], ACTIVATIONS_PER_PIXEL)):
-        correct += (model(data.to_model_range(images, device)).argmax(dim=1).cpu() == labels).sum().item()
-    return correct / len(test_set)
+        correct += (model(data.to_model_range(images, device)).argmax(dim=1) == data.to_device(labels, device)).sum()
+    return correct.item() / len(test_set)
 
 
 def build_trainer(args, run_files, train_set, generator, saved=None):
@@ -145,6 +146,8 @@ def run(args, parser, argv):
                 args.device = inputs.find_device(args.device)
         train_set, test_set = inputs.load_data(args.dataset, args.data_folder, None)
         generator = torch.Generator().manual_seed(args.seed)
+        if args.device.startswith("cuda"):                      # the bytes of the whole set are few
+            train_set, test_set = train_set.to(args.device), test_set.to(args.device)
         batches = data.batches(train_set, args.batch_size, generator)
         with cli.errors_name_flag("--resume", run_files.last) if saved else nullcontext():
             trainer = build_trainer(args, run_files, train_set, generator, saved)

@@ -16,6 +16,7 @@ from torchvision import transforms
 import data
 from modules import Decoder, Encoder, init_convolution
 from prior import sample_codes
+from utils import inputs
 
 
 def full_matrix(flat, codebook):
@@ -64,6 +65,7 @@ class DigitDataset(Dataset):
 
 def training(batch_size, device="cpu", num_codes=512, dim=40, beta=1.0, lr=2e-4):
     """→ a function that trains for one epoch on the bundled digits and returns images/s."""
+    inputs.find_device(device)          # which sets the precision of convolutions, for a fair comparison
     torch.manual_seed(0)
     encoder, quantizer, decoder = Encoder(1, dim), Quantizer(num_codes, dim, full_matrix), Decoder(1, dim)
     model = nn.ModuleList([encoder, quantizer, decoder]).apply(init_convolution).to(device)

@@ -45,13 +45,13 @@ def encode(model, batches, device, bar=None):
     return torch.cat(maps)
 
 
-def decode_batches(model, maps):
-    """The images in [-1, 1] of code maps (N, h, w), a batch (B, C, H, W) at a time."""
-    batch_size = images_that_fit(*model.image_size(*maps.shape[1:]), model.quantizer.dim)
-    return (model.decode(batch) for batch in maps.split(batch_size))
-
-
 @torch.no_grad()
+def decode_batches(model, maps):
+    """The images in [-1, 1] of code maps (N, h, w), a batch (B, C, H, W) at a time, without gradients."""
+    for batch in maps.split(images_that_fit(*model.image_size(*maps.shape[1:]), model.quantizer.dim)):
+        yield model.decode(batch)
+
+
 def decode(model, maps):
     """The images of code maps (N, h, w): uint8 (N, C, H, W), on the CPU. model: in evaluation mode."""
     return torch.cat([data.to_uint8(batch) for batch in decode_batches(model, maps)])

@@ -16,7 +16,7 @@ TRAIN_ARGS = ("--dataset", "MNIST-10k", "--num-epochs", "2", "--batch-size", "25
               "--hidden-size", "16", "--output-folder", "run")
 
 # Run first, so that no worker is left with a long file at the end.
-LONGEST = ["test_resume.py", "test_distributed.py", "test_distributed_errors.py", "test_train_prior.py",
+LONGEST = ["test_cuda.py", "test_resume.py", "test_distributed.py", "test_distributed_errors.py", "test_train_prior.py",
            "test_damaged_checkpoints.py", "test_quantizers.py", "test_export.py", "test_errors_while_training.py",
            "test_image_folder.py", "test_notebook.py", "test_outputs.py", "test_speed_options.py",
            "test_odd_pictures.py", "test_demo.py", "test_demo_browser.py", "test_reproduce.py"]

@@ -117,7 +117,7 @@ def train(script, *arguments, group_norm=False, send_signal=(), reference=None):
 
 
 def load_record(folder, rank=0):
-    return torch.load(folder / f"record-{rank}.pt", weights_only=True)
+    return torch.load(folder / f"record-{rank}.pt", map_location="cpu", weights_only=True)      # of GPUs, too
 
 
 def train_processes(world_size, folder, *arguments, status=0, **options):

@@ -87,12 +87,28 @@ def test_speed_script_measures_and_reports(device, tmp_path, monkeypatch, capsys
     assert training["MFLOP_per_image"] == pytest.approx(expected, rel=0.01)
     assert {row["what"] for row in report["quantizer"]} >= {"this repository", "full matrix", "torch.cdist"}
     assert all(row["ms"] > 0 for row in report["quantizer"])
-    *operations, total = report["profile"]
+    names = [row["what"] for row in report["profile"]]
+    total = report["profile"][names.index("all operations")]
+    operations = report["profile"][:names.index("all operations")]
+    assert (speed.ELAPSED in names) == (device == "cuda")
     assert {"aten::convolution_backward", "vector_quantizer::nearest"} & {row["what"] for row in operations}
     assert 0.8 < sum(row["share"] for row in operations) <= 1.001 and total["ms"] > operations[0]["ms"] > 0
     for name, value in report["about"].items():
         assert f"{name} {value}" in output
     assert list(tmp_path.iterdir()) == [tmp_path / "speed.json"]
+
+
+def test_what_has_been_measured_is_kept_if_a_later_part_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fails(_):
+        raise ValueError("memory has run out")
+
+    monkeypatch.setattr(speed, "MEASURE", {"limit": lambda _: [{"what": "a", "ms": 3}], "profile": fails})
+    with pytest.raises(SystemExit):
+        speed.main(["limit", "profile", "--json", "speed.json"])
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report.keys() == {"about", "limit"} and report["limit"] == [{"what": "a", "ms": 3}]
 
 
 def test_training_that_fails_is_reported_and_not_waited_for():

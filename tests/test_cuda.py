@@ -1,6 +1,7 @@
 """What a GPU does, compared with the CPU; on a machine without one everything here is skipped."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,25 +14,30 @@ import testers
 from data import code_maps
 from modules import VectorQuantizedVAE, vqvae_losses
 from prior import CodePrior
-from utils import inputs, tensorboard_logs
+from utils import inputs, tensorboard_logs, trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 DEVICE = "cuda"
 FLAGS = ("--dataset", "MNIST-10k", "--hidden-size", "16", "--k", "64", "--batch-size", "256", "--lr", "4e-3",
          "--num-epochs", "2")
+SMALL_PRIOR = ("--num-epochs", "1", "--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "512")
 CHECKS = [name for name in vars(testers) if name.startswith("test_")]
 
 
 @pytest.fixture(autouse=True)
-def float32_convolutions():
+def settings_of_a_script():
+    """Convolutions in float32, as find_device() sets them; afterwards no deterministic algorithms for other tests."""
     inputs.find_device(DEVICE)
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+    torch.use_deterministic_algorithms(False)
 
 
 def run(*arguments, cwd):
     result = run_script(*arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -63,8 +69,11 @@ def test_training_step_equals_that_of_the_cpu(settings):
         model.load_state_dict(reference.state_dict())
         values.append(gradient_step(model.to(device), x.to(device)))
     for name, expected in values[0].items():
-        # Of 3,136 latents a few may be as near to another code.
-        torch.testing.assert_close(values[1][name].float(), expected.float(), rtol=0.02, atol=2e-3, msg=name)
+        if "steps_unused" in name:          # of a code that few latents choose, one may be as near to another code
+            assert (values[1][name] != expected).float().mean() <= 0.05
+            continue
+        difference = (values[1][name].double() - expected.double()).norm()
+        assert difference <= 0.02 * expected.double().norm() + 1e-7, name
 
 
 def test_prior_has_the_same_probabilities_and_samples():
@@ -98,6 +107,36 @@ def test_code_maps_and_decoded_images_are_those_of_the_cpu():
 
 # ---------------------------------------------------------------- whole runs
 
+class Stop(Exception):
+    """Raised by after_step() to end a training."""
+
+
+@pytest.mark.parametrize("words", [
+    ("VQ-VAE.py", *FLAGS, "--output-folder", "run"),
+    ("VQ-VAE.py", *FLAGS, "--output-folder", "run", "--codebook-update", "ema", "--amp"),
+    ("train_prior.py", "--layers", "1", "--width", "16", "--heads", "2", "--batch-size", "64", "--dropout", "0.1"),
+    ("train_classifier.py", "--dataset", "MNIST-10k", "--batch-size", "64")])
+def test_steps_of_a_training_wait_for_nothing(words, tmp_path, monkeypatch):
+    """From the end of one step to that of the next, apart from one in ten, in which the losses are read."""
+    monkeypatch.chdir(tmp_path)
+    name, *flags = words
+    if name == "train_prior.py":
+        run("VQ-VAE.py", *FLAGS[:-1], "1", "--output-folder", "run", cwd=tmp_path)
+        flags += ["--model", "models/run/best.pt"]
+    after_step = trainer.Trainer.after_step
+
+    def waiting_allowed(self, *losses):
+        torch.cuda.set_sync_debug_mode("default")
+        after_step(self, *losses)
+        if self.state.step == 25:
+            raise Stop
+        if self.state.step > 3:             # the first ones allocate memory, and K-means runs in the very first
+            torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(trainer.Trainer, "after_step", waiting_allowed)
+    with pytest.raises(Stop):
+        import_script(name).main([*flags, "--device", DEVICE])
+
 def test_data_set_is_held_on_the_gpu(tmp_path):
     _, trainer, batches = build_trainer(tmp_path, *FLAGS, "--device", DEVICE)
     images, labels = next(iter(batches.train))
@@ -118,10 +157,38 @@ def test_memory_of_a_run_is_returned(tmp_path, monkeypatch):
 def test_same_seed_gives_the_same_run(flags, tmp_path):
     models = []
     for name in ("first", "second"):
-        run("VQ-VAE.py", *FLAGS[:-4], *flags, "--num-epochs", "1", "--device", DEVICE, "--output-folder", name,
-            cwd=tmp_path)
+        run("VQ-VAE.py", *FLAGS[:-1], "1", *flags, "--device", DEVICE, "--output-folder", name, cwd=tmp_path)
         models.append(checkpoint.load(tmp_path / "models" / name / "last.pt")["model"])
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert_equal(*models)
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_same_seed_gives_the_same_prior(trained_on_gpu, tmp_path):
+    priors = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained_on_gpu / "models" / "run" / "best.pt", tmp_path / name)
+        run("train_prior.py", "--model", f"{name}/best.pt", *SMALL_PRIOR, "--device", DEVICE, cwd=tmp_path)
+        priors.append(torch.load(tmp_path / name / "prior.pt", map_location="cpu", weights_only=True)["model"])
+    assert_equal(*priors)
+
+
+def test_interrupted_run_resumes_bit_for_bit(tmp_path):
+    run("VQ-VAE.py", *FLAGS, "--device", DEVICE, "--output-folder", "whole", cwd=tmp_path)
+    run("VQ-VAE.py", *FLAGS[:-1], "1", "--device", DEVICE, "--output-folder", "parts", cwd=tmp_path)
+    run("VQ-VAE.py", "--resume", "--num-epochs", "2", "--output-folder", "parts", cwd=tmp_path)
+    assert_equal(*(checkpoint.load(tmp_path / "models" / name / "last.pt")["model"] for name in ("whole", "parts")))
+
+
+def test_images_loaded_by_other_processes_are_pinned(trained_on_gpu, tmp_path):
+    _, _, batches = build_trainer(tmp_path, *FLAGS, "--device", DEVICE, "--num-workers", "2")
+    images, labels = next(iter(batches.train))
+    assert images.is_pinned() and labels.is_pinned()
+    run("VQ-VAE.py", *FLAGS, "--num-workers", "2", "--device", DEVICE, "--output-folder", "loaded", cwd=tmp_path)
+    assert test_error(tmp_path, "loaded", 2) == pytest.approx(test_error(trained_on_gpu, "run", 2), rel=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +219,20 @@ def test_run_resumes_on_the_other_device(trained_on_gpu, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--amp", "--compile"])
 def test_faster_steps_reach_the_same_error(flag, trained_on_gpu, tmp_path):
-    run("VQ-VAE.py", *FLAGS, flag, "--device", DEVICE, "--output-folder", "fast", cwd=tmp_path)
+    output = run("VQ-VAE.py", *FLAGS, flag, "--device", DEVICE, "--output-folder", "fast", cwd=tmp_path)
+    assert "continuing without" not in output
+    assert ("in bfloat16" in output) == (flag == "--amp" and torch.cuda.get_device_capability() >= (8, 0))
     assert test_error(tmp_path, "fast", 2) == pytest.approx(test_error(trained_on_gpu, "run", 2), rel=0.25)
 
 
 def test_every_script_agrees_with_the_cpu(trained_on_gpu):
     folder, model, shown = trained_on_gpu, "models/run/best.pt", {}
-    run("train_prior.py", "--model", model, "--num-epochs", "1", "--layers", "1", "--width", "16", "--heads", "2",
-        "--batch-size", "512", "--amp", "--device", DEVICE, cwd=folder)
+    run("train_prior.py", "--model", model, *SMALL_PRIOR, "--amp", "--device", DEVICE, cwd=folder)
     run("train_classifier.py", "--dataset", "MNIST-10k", "--num-epochs", "1", "--device", DEVICE, cwd=folder)
     for device in ("cpu", DEVICE):
         name = f"{device}-result"
         run("evaluate.py", "--model", model, "--prior", "models/run/prior.pt", "--device", device,
-            "--json", f"{name}.json", "--overwrite", cwd=folder)
+            "--classifier", "models/classifier.pt", "--json", f"{name}.json", "--overwrite", cwd=folder)
         run("codes.py", "--model", model, "--part", "test", "--output", f"{name}.npz", "--overwrite", "--device",
             device, cwd=folder)
         shown[device] = (json.loads((folder / f"{name}.json").read_text()), np.load(folder / f"{name}.npz")["indices"])
@@ -173,3 +241,5 @@ def test_every_script_agrees_with_the_cpu(trained_on_gpu):
     for name in ("mse", "perplexity"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3)
     assert found["prior"]["nats_per_code"] == pytest.approx(expected["prior"]["nats_per_code"], rel=1e-3)
+    for part in ("test_set", "reconstructions"):
+        assert found["prior"][part]["recognised"] == pytest.approx(expected["prior"][part]["recognised"], abs=0.005)

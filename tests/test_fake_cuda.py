@@ -4,12 +4,13 @@ Under FakeTensorMode an operation on tensors of two devices raises an error, and
 comparison in an if, or a result whose size depends on the values do. Only forward passes: the backward pass needs CUDA.
 """
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import build_trainer
+from helpers import ROOT, build_trainer, import_script, run_script
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -17,14 +18,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import metrics
 from data import code_maps
-from metrics import code_counts, samples
-from metrics.classifier import DigitClassifier
+from metrics import code_counts, copies, samples
+from metrics.classifier import ARCHITECTURES
 from modules import VectorQuantizedVAE, vqvae_losses
 from prior import CodePrior
+from utils import trainer as trainers
 from utils.train_state import TrainState
 from vector_quantizer import QUANTIZERS, kmeans
 
@@ -63,7 +66,7 @@ MODELS = {"gradient": model(codebook_init="uniform"), "ema": model(codebook_init
           "no restarts": model(codebook_init="uniform", restart_after=0), "fsq": model("fsq", levels="4,4,4")}
 PRIOR = CodePrior(K, 7, 7, num_classes=10, layers=2, embedding=16, heads=2, dropout=0.1, num_shifts=9,
                   gated=True)
-CLASSIFIER = DigitClassifier()
+CLASSIFIERS = {name: build() for name, build in ARCHITECTURES.items()}
 
 
 def test_models_of_every_quantizer_are_tried():
@@ -168,9 +171,44 @@ def test_sampling_waits_once_a_batch(settings, fake, monkeypatch):
     assert waits == ["cuda"] * 3
 
 
-def test_classifier_stays_on_the_gpu(fake):
-    predictions = samples.classify(on_gpu(CLASSIFIER).eval(), [gpu(B, 1, 28, 28)] * 2, Bar())
-    assert predictions.digits.device.type == "cpu" and predictions.features.shape == (2 * B, 128)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_stays_on_the_gpu(name, fake):
+    network = on_gpu(CLASSIFIERS[name]).eval()
+    predictions = samples.classify(network, [gpu(B, 1, 28, 28)] * 2, Bar())
+    assert predictions.digits.device.type == "cpu" and predictions.features.shape[0] == 2 * B
+    x = import_script("train_classifier.py").augment(gpu(B, 1, 28, 28))
+    assert nn.functional.cross_entropy(network.train()(x), gpu(B, dtype=torch.int64)).device.type == "cuda"
+
+
+@pytest.fixture
+def maps_unchecked(monkeypatch):
+    """Checks of indices find nothing wrong, and are made on the CPU."""
+    monkeypatch.setattr("modules.check_indices", lambda indices, _: cpu_only(indices).long())
+    monkeypatch.setattr(CodePrior, "_in_range", lambda _, values, size: cpu_only(values).shape and size in (11, K))
+
+
+def test_noise_completions_and_reconstructions_of_generate_stay_on_the_gpu(fake, maps_unchecked, monkeypatch):
+    script, network, prior = import_script("generate.py"), on_gpu(MODELS["ema"]).eval(), on_gpu(PRIOR).eval()
+    images = torch.empty(2, 1, 28, 28, dtype=torch.uint8)
+    args = script.get_parser().parse_args(["--input", "test", "--complete", "3"])
+    args.device, waits = "cuda", []
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda tensor: waits.append(tensor.device.type) or True)
+    assert samples.noise_maps(network, 3, 7, 7, None, "cuda").device.type == "cpu"
+    reconstructions = script.reconstruct(network, images, args)
+    assert reconstructions.device.type == "cpu" and reconstructions.shape == images.shape
+    completed = script.complete(network, prior, 3, images, None, args)
+    assert completed.device.type == "cpu" and len(completed) == 22 and waits == ["cuda"]
+
+
+def test_nats_and_copies_are_computed_on_the_gpu(fake, maps_unchecked, monkeypatch):
+    maps, labels = torch.empty(B, 7, 7, dtype=torch.int16), torch.empty(B, dtype=torch.int64)
+    read, item = [], torch.Tensor.item
+    monkeypatch.setattr(FakeTensor, "item", lambda tensor: read.append(tensor.device.type) or 0.0)
+    metrics.nats_per_code(on_gpu(PRIOR), maps, labels)
+    monkeypatch.setattr(FakeTensor, "item", item)
+    images = torch.empty(20, 1, 28, 28, dtype=torch.uint8)
+    nearest = copies.nearest_images(images[:3], [(images, None)], "cuda")
+    assert read == ["cpu"] and nearest.distances.device.type == nearest.rows.device.type == "cpu"
 
 
 class Bar:
@@ -188,6 +226,50 @@ def test_images_on_the_gpu_are_indexed_there(fake, monkeypatch):
     batch, labels = images.__getitems__([3, 5, 9])
     assert batch.device.type == labels.device.type == "cuda" and len(batch) == 3
     assert pinned == ["cpu"]                    # one copy of the indices, for which nothing waits
+
+
+class Stop(Exception):
+    """Raised by after_step() to end a training."""
+
+
+class NothingIsReadBy(TorchDispatchMode):
+    """An error where this script reads a tensor's value, which on a GPU would wait for it."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script = str(ROOT / script)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            frame = sys._getframe()
+            while frame and (frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(str(ROOT))
+                             or ".venv" in frame.f_code.co_filename):
+                frame = frame.f_back
+            assert frame is None or frame.f_code.co_filename != self.script, f"line {frame.f_lineno} reads a value"
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("VQ-VAE.py", ["--dataset", "MNIST-10k", "--hidden-size", "4", "--k", "16", "--output-folder", "other"]),
+    ("train_prior.py", ["--model", "run/best.pt", "--layers", "1", "--width", "8", "--heads", "1"]),
+    ("train_classifier.py", ["--dataset", "MNIST-10k"])])
+def test_training_loops_read_no_value_between_steps(name, flags, tmp_path, monkeypatch):
+    """The real loops with their backward passes, on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    if name == "train_prior.py":
+        assert run_script("VQ-VAE.py", "--dataset", "MNIST-10k", "--hidden-size", "4", "--k", "16", "--batch-size",
+                          "1000", "--num-epochs", "1", "--output-folder", "run", cwd=tmp_path).returncode == 0
+        (tmp_path / "models" / "run").rename(tmp_path / "run")
+    after_step = trainers.Trainer.after_step
+
+    def stop(self, *losses):
+        after_step(self, *losses)
+        if self.state.step == 3:
+            raise Stop
+
+    monkeypatch.setattr(trainers.Trainer, "after_step", stop)
+    with NothingIsReadBy(name), pytest.raises(Stop):
+        import_script(name).main(flags)
 
 
 @pytest.mark.parametrize("fault, error", [
