@@ -195,6 +195,8 @@ def log_epoch(trainer, epoch, evaluated, test_counts, batches):
         figures = {"at_end/test_mse": evaluated["test"].reconstruction, "at_end/test_perplexity": values["perplexity"],
                    "at_end/test_used": values["used"], "best/epoch": state.best_epoch,
                    "best/test_mse": best["test_recon"]}
+        if "val_recon" in best:
+            figures["best/validation_mse"] = best["val_recon"]
         tensorboard_logs.log_hparams(writer, hparams(trainer), figures)
     trainer.add_track_line(tensorboard_logs.TRACK_COLUMNS, values)
 

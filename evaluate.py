@@ -27,7 +27,8 @@ def get_parser():
                             "pretrained/classifier.pt and, if it is there, classifier-transformer.pt)")
     group.add_argument("--pairs", type=arguments.file_name, metavar="FILE",
                        help="also write a picture to this PNG file: the ten samples most like copies, each above its "
-                            "nearest training image; its folders are created (default: none)")
+                            "nearest training image, and below them the ten such test images; its folders are created "
+                            "(default: none)")
     group.add_argument("--seed", type=arguments.integer(0), default=0, metavar="N",
                        help="seed of the samples (default: %(default)s)")
     return parser
@@ -51,6 +52,7 @@ import json
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -65,6 +67,7 @@ from utils.memory import images_that_fit
 NUM_SAMPLES = 10_000            # equally many of each class
 MAX_COMPARED = 2_000            # images of each kind that are compared with the training images; of large images only
 COMPARED_BYTES, MIN_COMPARED = 2**25, 100           # as many as fit into COMPARED_BYTES, at least MIN_COMPARED
+PAIRS = 10                      # of samples, and of test images, each with its nearest training image
 PAIR_SIDE = 84                  # pixels, to which the images in the picture of pairs are enlarged
 
 
@@ -160,7 +163,7 @@ def measure_copies(model, maps, train_set, test_set, args):
     """How many images are copies of training images, by kind, as a plain dictionary; the closest pairs of samples.
 
     threshold is the ratio of metrics.copies.ratios() that a hundredth of the test images are below, flagged the share
-    of images below it, closest the ratios of the samples in the pairs. Of each kind up to MAX_COMPARED images are
+    of images below it, closest_samples the ratios of those in the pairs. Of each kind up to MAX_COMPARED images are
     taken, evenly over the classes. Beside samples, test images and their reconstructions there are true copies, to show
     that they are found: training images with noise, moved by a pixel, and what the model makes of these.
     """
@@ -188,15 +191,20 @@ def measure_copies(model, maps, train_set, test_set, args):
     figures = {name: {"images": len(one), "median_ratio": one.median().item(),
                       **_share("flagged", (one < threshold).double().mean().item(), len(one))}
                for name, one in ratios.items()}
-    pairs = copies.closest_pairs(images["samples"], nearest["samples"], train_set)
-    closest = ratios["samples"].sort().values[:len(pairs) // 2].tolist()
-    return {"threshold": threshold, "closest": closest, **figures}, pairs
+    closest = {f"closest_{name}": ratios[name].sort().values[:PAIRS].tolist() for name in ("samples", "test_set")}
+    pairs = [copies.closest_pairs(images[name], nearest[name], train_set, PAIRS) for name in ("samples", "test_set")]
+    return {"threshold": threshold, **closest, **figures}, pairs
 
 
 def draw_pairs(pairs):
-    """Images (2·n, C, H, W), n samples and their nearest training images, as a picture of two rows (3, ...)."""
-    scale = max(1, PAIR_SIDE // pairs.shape[-1])
-    return data.grid(pairs, len(pairs) // 2).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    """Of samples and of test images (2·n, C, H, W), n images and their nearest training images, as a picture (3, ...).
+
+    It has four rows. Of fewer test images than samples the rest of their rows is black.
+    """
+    columns, scale = len(pairs[0]) // 2, max(1, PAIR_SIDE // pairs[0].shape[-1])
+    rows = [F.pad(part, (0, 0, 0, 0, 0, 0, 0, columns - len(part))) for both in pairs
+            for part in both.split(len(both) // 2)]
+    return data.grid(torch.cat(rows), columns).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
 def _images(dataset, args):
@@ -346,8 +354,9 @@ def run(args):
             output.write(written[flag])
         print(f"{'as JSON' if flag == '--json' else 'closest pairs':<20}{output.path}")
         if flag == "--pairs":
-            closest = ", ".join(f"{ratio:.3f}" for ratio in figures["prior"]["copies"]["closest"])
-            print(f"{'':<20}above the samples, below the nearest training images; ratios {closest}")
+            for rows, name, words in (("1 and 2", "samples", "samples"), ("3 and 4", "test_set", "test images")):
+                closest = " ".join(f"{ratio:.3f}" for ratio in figures["prior"]["copies"][f"closest_{name}"])
+                print(f"{'':<20}rows {rows}: {words}, and their nearest training images; ratios {closest}")
 
 
 def main(argv=None):

@@ -166,10 +166,21 @@ SENTENCES = [
     Sentence("docs/results.md", "these end at {three epochs EMA:mse:.4f}, without `ema` at {three epochs:mse:.4f}."),
     Sentence("docs/questions.md", "the published codebook ends at a perplexity of {published:perplexity:.0f} with "
                                   "{published:used:.0f} codes used."),
-    Sentence("docs/questions.md", "The shipped model uses all {shipped:used:.0f} codes at a perplexity of "
+    Sentence("docs/questions.md", "The shipped model uses {shipped:used:.0f} of 512 codes at a perplexity of "
                                   "{shipped:perplexity:.0f}."),
+    Sentence("docs/questions.md", "Of 10,000 such images, {shipped:recognised noise:.2%} are recognised"),
+    Sentence("docs/questions.md", "after three epochs of the published settings, "
+                                  "{codebook uniform 0 gradient:used:.0f} codes are in use with neither, "
+                                  "{codebook kmeans 0 gradient:used:.0f} with K-means, "
+                                  "{codebook uniform 20 gradient:used:.0f} with restarts but at a high loss, "
+                                  "{codebook kmeans 20 gradient:used:.0f} with both"),
     Sentence("docs/sampling.md", "It has {shipped:nats:.3f} nats per code on the test set, and "
                                  "{shipped:recognised samples:.2%} of its samples are recognised"),
+    Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, where a "
+                                 "uniform distribution over the codes has log 512 = 6.24; that is "
+                                 "{shipped:bits prior:.3f} bits per dimension."),
+    Sentence("model.txt", "precision {shipped:precision samples:.2%}, recall {shipped:recall samples:.2%}, in the "
+                          "features of the first classifier copies {shipped:copies samples:.2%} of 2,000 digits drawn"),
     Sentence("model.txt", "as python3 evaluate.py prints them: test MSE {shipped:mse:.5f} on the [-1, 1] scale PSNR "
                           "{shipped:psnr:.2f} dB perplexity {shipped:perplexity:.1f} codes used {shipped:used:.0f} of "
                           "512 bits per dimension {shipped:bits:.4f}"),

@@ -113,13 +113,18 @@ def test_pairs_are_written_under_the_policy_of_all_outputs(tmp_path, monkeypatch
     output = capsys.readouterr().out
     assert "new/pairs.png" in output and "Copies of training images" in output
     picture = np.array(Image.open("new/pairs.png").convert("L"))
-    assert picture.shape == (3 * 62, 3 * 302)                       # two rows of ten, enlarged
+    assert picture.shape == (3 * 122, 3 * 302)                      # four rows of ten, enlarged
     picture = picture[1::3, 1::3]
     digits = bundled_digits()[0][:64]
     nearest = picture[32:60, 2:30]
-    assert (digits == nearest).all(axis=(1, 2)).any()               # the lower row: training images, unchanged
-    closest = [float(ratio) for ratio in re.search(r"; ratios (.*)", output)[1].split(", ")]
-    assert len(closest) == 10 and closest == sorted(closest) and 0 < closest[0] <= closest[-1] <= 1
+    assert (digits == nearest).all(axis=(1, 2)).any()               # the second row: training images, unchanged
+    tests, nearest = picture[62:90, 2:30], picture[92:120, 2:30]
+    assert (bundled_digits()[0][9000:9064] == tests).all(axis=(1, 2)).any()
+    assert (digits == nearest).all(axis=(1, 2)).any()
+    for ratios in re.findall(r"; ratios (.*)", output):
+        closest = [float(ratio) for ratio in ratios.split()]
+        assert len(closest) == 10 and closest == sorted(closest) and 0 < closest[0] <= closest[-1] <= 1
+    assert output.count("; ratios ") == 2
     assert "--pairs new/pairs.png: exists, replace it with --overwrite" in expect_usage_error(words, capsys)
     (tmp_path / "new" / "pairs.png").write_text("mine")
     line = expect_usage_error([*words, "--overwrite"], capsys)

@@ -290,9 +290,12 @@ def test_calibration_changes_smoothly_so_that_cached_and_full_logits_agree():
         expected = raw + torch.from_numpy(np.interp(depth, 5.5 + np.arange(13), prior.tail.numpy()))
         assert 10 < logits.abs().max() < 40
         assert (logits - expected).abs().max() < 4e-5                 # the rounding of such logits
+        assert (logits.softmax(dim=2) - expected.softmax(dim=2)).abs().max() < 1e-5
         # Position by position with a cache, as the sampler computes them.
         cached, compute = [], prior._logits
         prior._logits = lambda hidden: cached.append(compute(hidden)) or cached[-1]
         sampled = prior.sample(labels, generator=torch.Generator().manual_seed(0))
         prior._logits = compute
-        assert (torch.stack(cached, dim=1) - prior(sampled, labels)).abs().max() < 4e-5
+        cached, full = torch.stack(cached, dim=1), prior(sampled, labels)
+        assert (cached - full).abs().max() < 4e-5
+        assert (cached.softmax(dim=2) - full.softmax(dim=2)).abs().max() < 1e-5

@@ -302,6 +302,7 @@ def test_hparams_hold_settings_and_final_metrics(trained):
     best = int(np.argmin(columns["val_recon"]))
     assert final["best/test_mse"] == pytest.approx(columns["test_recon"][best], abs=1e-5)
     assert final["best/epoch"] == best + 1
+    assert run.Scalars("best/validation_mse")[0].value == pytest.approx(columns["val_recon"][best], abs=1e-5)
 
 
 def test_hparams_of_several_runs_begin_with_those_that_differ(tmp_path):

@@ -66,6 +66,29 @@ def test_best_epoch_is_that_of_the_lowest_validation_loss(validation, test, best
     assert (contents["validation"]["total"], contents["test"]["total"]) == (validation[best - 1], test[best - 1])
 
 
+def test_other_test_images_change_no_weight_and_no_choice(mnist_folder, tmp_path, monkeypatch):
+    """Both trainings again, with the negatives of the test images in another order."""
+    load, kept = data.load, []
+    for name, change in (("given", lambda images: images), ("other", lambda images: 255 - images.flip(0))):
+        def load_changed(*arguments, change=change):
+            train_set, test_set = load(*arguments)
+            return train_set, data.Images(change(test_set.images), test_set.labels, test_set.classes)
+
+        monkeypatch.setattr(data, "load", load_changed)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        flags = ["--data-folder", str(mnist_folder), "--num-epochs", "3", "--lr", "1e-2"]
+        import_script("VQ-VAE.py").main([*flags, *SMALL])
+        import_script("train_prior.py").main([*flags, "--model", "models/run/best.pt", "--layers", "1", "--width", "8",
+                                              "--heads", "1", "--sample-every", "0"])
+        run = tmp_path / name / "models" / "run"
+        kept.append((checkpoint.load(run / "best.pt"), checkpoint.load_prior(run / "prior.pt", run / "best.pt")[1]))
+    for first, second in zip(*kept):
+        assert first["epoch"] == second["epoch"] and first["validation"] == second["validation"]
+        assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+        assert first["test"] != second["test"]
+
+
 def test_calibration_needs_the_validation_maps_alone():
     script = import_script("train_prior.py")
     torch.manual_seed(0)
