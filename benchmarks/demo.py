@@ -127,14 +127,15 @@ def measure(page, process, args):
     before = resident_memory(process)
     run_visitors(visitors, args.requests // 2, THINKING, "with pauses")
     run_visitors(visitors, args.requests - args.requests // 2, 0, "without pauses")
+    run_visitors(visitors, 5 * args.visitors, 0, "finish", ["finish"])
     print(f"memory: {before} MB before, {resident_memory(process)} MB after {args.requests:,} requests")
 
 
-def run_visitors(visitors, requests, pause, name):
+def run_visitors(visitors, requests, pause, name, actions=QUICK):
     """Requests of all visitors at once, each after a pause of `pause` seconds on average."""
     def visit(visitor):
         seconds = []
-        for action in itertools.islice(itertools.cycle(QUICK), max(len(QUICK), requests // len(visitors))):
+        for action in itertools.islice(itertools.cycle(actions), max(len(actions), requests // len(visitors))):
             time.sleep(visitor.random.uniform(0, 2 * pause))
             seconds.append(visitor.request(action))
         return seconds
