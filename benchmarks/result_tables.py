@@ -81,8 +81,7 @@ TABLES = [
         "codes used, {shipped:bits:.4f} bits per dimension |",
         "| `pretrained/prior.pt` (8.0 MB) | its prior, a transformer of 4 blocks, width 192, 6 heads | "
         "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per dimension; "
-        "{shipped:recognised samples:.2%} of 10,000 samples "
-        "recognised, Fréchet distance {shipped:frechet samples:.2f} in the classifier's features |",
+        "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of 10,000 samples recognised, Fréchet distance {shipped:frechet samples:.2f} in the classifier's features |",
         "| `pretrained/classifier.pt`, `classifier-transformer.pt` (0.6 MB each) | the classifiers used to score "
         "samples | {shipped:recognised test set:.2%} and {shipped:recognised test set by the transformer:.2%} "
         "accuracy |",
@@ -157,7 +156,8 @@ TABLES = [
 
 SENTENCES = [
     Sentence("README.md", "A classifier with a test accuracy of {shipped:recognised test set:.2%} recognises "
-                          "{shipped:recognised samples:.2%} of the digits sampled"),
+                          "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of the digits "
+                          "sampled"),
     Sentence("README.md", "This reaches a test MSE of {recommended:mse:.4f} with {recommended:used:.0f} codes in use"),
     Sentence("docs/training.md", "The test loss is {recommended:mse epoch 1:.3f} after the first epoch and "
                                  "{recommended:mse:.4f} after the twelfth."),
@@ -175,18 +175,21 @@ SENTENCES = [
                                   "{codebook uniform 20 gradient:used:.0f} with restarts but at a high loss, "
                                   "{codebook kmeans 20 gradient:used:.0f} with both"),
     Sentence("docs/sampling.md", "It has {shipped:nats:.3f} nats per code on the test set, and "
-                                 "{shipped:recognised samples:.2%} of its samples are recognised"),
+                                 "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of its "
+                                 "samples are recognised"),
     Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, where a "
                                  "uniform distribution over the codes has log 512 = 6.24; that is "
                                  "{shipped:bits prior:.3f} bits per dimension."),
-    Sentence("model.txt", "precision {shipped:precision samples:.2%}, recall {shipped:recall samples:.2%}, in the "
-                          "features of the first classifier copies {shipped:copies samples:.2%} of 2,000 digits drawn"),
+    Sentence("model.txt", "precision {shipped:precision samples:.2%} ± {shipped:error precision samples:.2%}, recall "
+                          "{shipped:recall samples:.2%} ± {shipped:error recall samples:.2%}, in the features of the "
+                          "first classifier copies {shipped:copies samples:.2%} ± {shipped:error copies samples:.2%} "
+                          "of 2,000 digits drawn"),
     Sentence("model.txt", "as python3 evaluate.py prints them: test MSE {shipped:mse:.5f} on the [-1, 1] scale PSNR "
                           "{shipped:psnr:.2f} dB perplexity {shipped:perplexity:.1f} codes used {shipped:used:.0f} of "
                           "512 bits per dimension {shipped:bits:.4f}"),
     Sentence("model.txt", "nats per code {shipped:nats:.4f} on the 10,000 test digits bits per dimension "
-                          "{shipped:bits prior:.4f} recognised {shipped:recognised samples:.2%} of 10,000 digits drawn "
-                          "Fréchet distance {shipped:frechet samples:.2f}"),
+                          "{shipped:bits prior:.4f} recognised {shipped:recognised samples:.2%} ± "
+                          "{shipped:error recognised samples:.2%} of 10,000 digits drawn Fréchet distance {shipped:frechet samples:.2f}"),
     Sentence("model.txt", "in 19 minutes versions as above, one thread seed 0 accuracy {classifier:accuracy:.2%} "
                           "of the 10,000 test digits"),
     Sentence("model.txt", "in 49 minutes versions as above, one thread seed 0 accuracy "
