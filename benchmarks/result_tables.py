@@ -81,7 +81,8 @@ TABLES = [
         "codes used, {shipped:bits:.4f} bits per dimension |",
         "| `pretrained/prior.pt` (8.0 MB) | its prior, a transformer of 4 blocks, width 192, 6 heads | "
         "{shipped:nats:.3f} nats per code, {shipped:bits prior:.3f} bits per dimension; "
-        "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of 10,000 samples recognised, Fréchet distance {shipped:frechet samples:.2f} in the classifier's features |",
+        "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of 10,000 samples recognised, "
+        "Fréchet distance {shipped:frechet samples:.2f} in the classifier's features |",
         "| `pretrained/classifier.pt`, `classifier-transformer.pt` (0.6 MB each) | the classifiers used to score "
         "samples | {shipped:recognised test set:.2%} and {shipped:recognised test set by the transformer:.2%} "
         "accuracy |",
@@ -189,7 +190,8 @@ SENTENCES = [
                           "512 bits per dimension {shipped:bits:.4f}"),
     Sentence("model.txt", "nats per code {shipped:nats:.4f} on the 10,000 test digits bits per dimension "
                           "{shipped:bits prior:.4f} recognised {shipped:recognised samples:.2%} ± "
-                          "{shipped:error recognised samples:.2%} of 10,000 digits drawn Fréchet distance {shipped:frechet samples:.2f}"),
+                          "{shipped:error recognised samples:.2%} of 10,000 digits drawn Fréchet distance "
+                          "{shipped:frechet samples:.2f}"),
     Sentence("model.txt", "in 19 minutes versions as above, one thread seed 0 accuracy {classifier:accuracy:.2%} "
                           "of the 10,000 test digits"),
     Sentence("model.txt", "in 49 minutes versions as above, one thread seed 0 accuracy "
