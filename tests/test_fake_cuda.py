@@ -279,7 +279,7 @@ def test_training_loops_read_no_value_between_steps(name, flags, tmp_path, monke
 @pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder", "prior"])
 def test_faults_are_noticed(fault, error, part, fake):
     """A tensor made on the CPU, a value that is read, one that decides, and a size that depends on values."""
-    network, prior, maps = on_gpu(MODELS["gradient"]), on_gpu(PRIOR), gpu(B, 7, 7, dtype=torch.int16)
+    network, prior, maps = on_gpu(MODELS["gradient"]), on_gpu(PRIOR).train(), gpu(B, 7, 7, dtype=torch.int16)
     module = prior.norm if part == "prior" else getattr(network, part)
     call = prior.log_prob if part == "prior" else module
     inputs = {"encoder": gpu(B, 1, 28, 28), "quantizer": gpu(B, 16, 7, 7), "decoder": gpu(B, 16, 7, 7), "prior": maps}

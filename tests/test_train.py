@@ -69,7 +69,7 @@ def test_event_file_has_every_tag(trained):
     run = events(trained / "logs" / "run")
     tags = run.Tags()
     expected = {f"loss/{split}/{name}" for split in ("train", "validation", "test") for name in LOSSES}
-    assert set(tags["scalars"]) == expected | FINAL | {
+    assert set(tags["scalars"]) == expected | FINAL | {"best/validation_mse"} | {
         "lr", "codebook/perplexity", "codebook/used", "codebook/train/perplexity", "codebook/train/used",
         "codebook/restarts"}
     assert set(tags["images"]) == {"images/original", "images/reconstruction", "codebook/use"} and tags["graph"]
