@@ -141,7 +141,7 @@ ROWS = [
         SEEDS),
     Row("defaults", "results", f"{TRAIN} {ALL_IMAGES} --output-folder defaults", TRAINED, 11, SEEDS),
     Row("EMA", "results", f"{TRAIN} --codebook-update ema {ALL_IMAGES} --output-folder ema", TRAINED, 11, SEEDS),
-    Row("lowest loss", "results", f"{TRAIN} {LOWEST} --num-epochs 12 --output-folder lowest", TRAINED, 15, SEEDS),
+    Row("lowest loss", "results", f"{TRAIN} {LOWEST} {ALL_IMAGES} --output-folder lowest", TRAINED, 13, SEEDS),
     Row("recommended", "results", f"{TRAIN} {RECOMMENDED} --num-epochs 12 --output-folder recommended",
         TRAINED | {"mse epoch 1": "epochs.0.test_recon"}, 15, SEEDS),
 
