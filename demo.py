@@ -193,7 +193,7 @@ def add_sources(demo, session):
     """What a picture can come from, but a drawing. → (event, handler, its inputs, key of its event data) for each."""
     sources = []
     if demo.digits_note:
-        gr.Markdown(f"The bundled digits: {demo.digits_note}")
+        gr.Markdown(demo.digits_note)
     with gr.Row(equal_height=False):
         if demo.digits is not None:
             last = len(demo.digits) - 1

@@ -199,9 +199,9 @@ def measure_copies(model, maps, train_set, test_set, args):
 def draw_pairs(pairs):
     """Of samples and of test images (2·n, C, H, W), n images and their nearest training images, as a picture (3, ...).
 
-    It has four rows. Of fewer test images than samples the rest of their rows is black.
+    It has four rows. Where there are fewer samples or test images than PAIRS, the rest of their rows is black.
     """
-    columns, scale = len(pairs[0]) // 2, max(1, PAIR_SIDE // pairs[0].shape[-1])
+    columns, scale = max(map(len, pairs)) // 2, max(1, PAIR_SIDE // pairs[0].shape[-1])
     rows = [F.pad(part, (0, 0, 0, 0, 0, 0, 0, columns - len(part))) for both in pairs
             for part in both.split(len(both) // 2)]
     return data.grid(torch.cat(rows), columns).repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -181,7 +181,8 @@ def difference(row, figure, measured, claimed):
     allowed = tolerance_of(row, figure, measured, claimed)
     if abs(measured["mean"] - claimed["mean"]) <= allowed:
         return None
-    places = documents.places_of(row, figure) or [f"{documents.FOLDER}/{row.slug}.json"]
+    source = documents.BY_NAME.get(row.repeats, row)
+    places = documents.places_of(row, figure) or [f"{documents.FOLDER}/{source.slug}.json"]
     limit = documents.shown({"mean": allowed, "std": None}, kind_of(figure).form)
     return (f"{'; '.join(places)}: {title_of(figure)} of {row.name!r} is {text_of(figure, claimed)}, measured "
             f"{text_of(figure, measured)}, and may differ by {limit}")

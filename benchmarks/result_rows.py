@@ -185,7 +185,7 @@ ROWS = [
 
     Row("CIFAR-10", "photographs", f"{TRAIN} {COLOUR} --output-folder cifar10", {}, 64, dataset="CIFAR-10"),
     Row("CIFAR-10 prior", "photographs", "python3 train_prior.py --model models/cifar10/best.pt --width 128 --heads 4 "
-        "--batch-size 64 --num-epochs 8 --shift 0", {}, 61, after=("CIFAR-10",), dataset="CIFAR-10"),
+        "--batch-size 64 --lr 2e-3 --num-epochs 8 --shift 0", {}, 61, after=("CIFAR-10",), dataset="CIFAR-10"),
     Row("CIFAR-10 pipeline", "photographs",
         f"{EVALUATE} --model models/cifar10/best.pt --prior models/cifar10/prior.pt", MODEL | PRIOR, 10,
         after=("CIFAR-10", "CIFAR-10 prior"), dataset="CIFAR-10"),

@@ -83,7 +83,7 @@ SIZES = [(6_272, 64), (6_272, 512), (6_272, 4_096), (6_272, 16_384), (100_000, 6
          (1_000_000, 64), (1_000_000, 512), (1_000_000, 8_192)]      # N latents, K codes
 LARGEST_ON_GPU = 1_000_000, 65_536
 MAX_MATRIX = 6e8                # N × K above which implementations with a full matrix are skipped: it takes gigabytes
-BYTES_OF_MATRIX = 40            # a number of it, at most, with those of its gradients and of copies
+BYTES_OF_MATRIX = 40            # for each of its numbers, at the peak, with gradients and copies
 RECIPES = {
     "published": "--codebook-init uniform --restart-after 0",
     "recommended": "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema "
@@ -311,7 +311,7 @@ def limit(args):
 def make_profile(device):
     """→ a function → {operation: milliseconds of a training step}, with one thread on a CPU.
 
-    On a GPU an operation's time is that of its kernels, and ELAPSED is that of the step, in which there may be none.
+    On a GPU an operation's time is that of its kernels, and ELAPSED that of the whole step, in which at times none runs.
     """
     torch.set_num_threads(1)
     keep_freed_memory()

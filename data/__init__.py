@@ -208,7 +208,7 @@ def are_digits(dataset):
 
 
 def seen_in_training(trained_on, name, model="The model"):
-    """Whether a model trained on one data set has seen the test images of another, and a sentence that says so.
+    """Whether a model trained on one data set has seen the test images of another, and a sentence on it that says so.
 
     True, False (then the sentence is empty), or None where it is not known. MNIST-10k is a part of MNIST's training
     images. QMNIST's training images are MNIST's, made again from the scans, and none of its test images is among them

@@ -109,7 +109,7 @@ def evenly(labels, count):
     return order[places.argsort(stable=True)[:count]].sort().values
 
 
-def closest_pairs(images, nearest, train_set, count=10):
+def closest_pairs(images, nearest, train_set, count):
     """The images of lowest ratio, each above its nearest training image: uint8 (2·count, C, H, W), lowest ratio first.
 
     Row by row, of a grid of `count` columns.

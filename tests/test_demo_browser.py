@@ -179,6 +179,8 @@ def test_undo_shows_the_palette_of_its_place(open_page):
         before = page.evaluate(image)
         page.get_by_role("button", name="Undo").click()
         wait_for_change(page, "#changed .after img", "src", before)
+        page.wait_for_function("code => document.querySelector('#palette .palette .tile b').innerText == code",
+                               arg=str(expected[0]))
         assert numbers(page, "#palette .palette") == expected
     assert numbers(page, "#places") == codes
 

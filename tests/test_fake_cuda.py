@@ -233,7 +233,7 @@ class Stop(Exception):
 
 
 class NothingIsReadBy(TorchDispatchMode):
-    """An error where this script reads a tensor's value, which on a GPU would wait for it."""
+    """An error where this script reads a tensor's value, by .item(), in an if or by nonzero(): a GPU would wait."""
 
     def __init__(self, script):
         super().__init__()
@@ -243,10 +243,17 @@ class NothingIsReadBy(TorchDispatchMode):
         if operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             frame = sys._getframe()
             while frame and (frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(str(ROOT))
-                             or ".venv" in frame.f_code.co_filename):
+                             or "site-packages" in frame.f_code.co_filename):
                 frame = frame.f_back
             assert frame is None or frame.f_code.co_filename != self.script, f"line {frame.f_lineno} reads a value"
         return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("code", ["x.item()", "float(x)", "assert x > 0", "x.nonzero()"])
+def test_values_that_a_script_reads_are_noticed(code):
+    read = compile(code, str(ROOT / "VQ-VAE.py"), "exec")
+    with NothingIsReadBy("VQ-VAE.py"), pytest.raises(AssertionError, match="line 1 reads a value"):
+        exec(read, {"x": torch.ones(())})
 
 
 @pytest.mark.parametrize("name, flags", [
@@ -285,6 +292,6 @@ def test_faults_are_noticed(fault, error, part, fake):
     inputs = {"encoder": gpu(B, 1, 28, 28), "quantizer": gpu(B, 16, 7, 7), "decoder": gpu(B, 16, 7, 7), "prior": maps}
     call(inputs[part])
     handle = module.register_forward_hook(lambda *_: fault(gpu(B, 16)))
-    with pytest.raises(error):
+    with pytest.raises(error, match="same device" if error is RuntimeError else None):
         call(inputs[part])
     handle.remove()

@@ -60,7 +60,7 @@ class Demo:
         trained_on, self.digits, self.digits_note = contents["dataset"]["name"], None, ""
         if self.shape == (1, 28, 28) and trained_on in data.MNIST_RELATIVES:
             self.digits = data.load("MNIST-10k", "")[1].images
-            self.digits_note = data.seen_in_training(trained_on, "MNIST-10k")[1]
+            self.digits_note = data.seen_in_training(trained_on, "MNIST-10k")[1].replace("these", "the bundled")
         self.can_draw = self.shape[0] == 1
         self.counts = self.all_patches = None
         if self.digits is not None:

@@ -171,7 +171,8 @@ def set_deterministic(device):
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False         # which takes time, and nothing reads it
+        # Filling takes time, and nothing reads such memory.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextmanager
