@@ -311,7 +311,7 @@ def limit(args):
 def make_profile(device):
     """→ a function → {operation: milliseconds of a training step}, with one thread on a CPU.
 
-    On a GPU an operation's time is that of its kernels, and ELAPSED that of the whole step, in which at times none runs.
+    On a GPU an operation's time is that of its kernels, and ELAPSED that of the whole step, with their pauses.
     """
     torch.set_num_threads(1)
     keep_freed_memory()
