@@ -74,7 +74,7 @@ TABLES = [
           "| full MNIST, ten epochs (recommended: twelve) | test MSE on [−1, 1] | perplexity | codes used, of 512 |", [
               f"| published settings, published codebook (uniform start, no restarts) | {trained('published')}",
               f"| published settings, this codebook (K-means start, restarts) | {trained('defaults')}",
-              f"| **recommended settings, this codebook** | {trained('recommended', bold='**')}"]),
+              f"| **recommended settings, this codebook** (one seed) | {trained('recommended', bold='**')}"]),
     Table("README.md", "Shipped models", "| file | contents | results on MNIST's 10,000 test digits |", [
         "| `pretrained/vqvae.pt` (0.7 MB) | VQ-VAE with the recommended settings, D 40, K 512 | "
         "MSE {shipped:mse:.5f}, PSNR {shipped:psnr:.2f} dB, perplexity {shipped:perplexity:.1f}, {shipped:used:.0f} "
