@@ -112,7 +112,7 @@ def table(measured, is_test):
 # ---------------------------------------------------------------- the prior
 
 def open_classifiers(args, are_digits):
-    """{path: (classifier, name of the data set that it was trained on)}, empty if the images are no digits.
+    """{path: (classifier, name of the data set that it was trained on, if known)}, empty if the images are no digits.
 
     The one that the arguments name, else the shipped ones.
     """
@@ -130,7 +130,7 @@ def open_classifiers(args, are_digits):
 def _open_classifier(path, device):
     with cli.errors_name_flag("--classifier", path):
         classifier, contents = checkpoint.load_classifier(path, device)
-        return classifier, contents["dataset"]
+        return classifier, contents.get("dataset")
 
 
 def measure_prior(model, prior, classifiers, train_set, test_set, args):

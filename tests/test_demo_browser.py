@@ -88,6 +88,12 @@ def wait_for_change(page, selector, attribute, before):
                            arg=[selector, attribute, before])
 
 
+def wait_for_first_code(page, code):
+    """Wait until a code is the first one of the palette."""
+    page.wait_for_function("code => document.querySelector('#palette .palette .tile b')?.innerText == code",
+                           arg=str(code))
+
+
 def numbers(page, selector):
     return [int(text) for text in page.locator(f"{selector} .tile b").all_inner_texts()]
 
@@ -167,10 +173,10 @@ def test_undo_shows_the_palette_of_its_place(open_page):
     page = open_page(DESKTOP)
     open_tab(page, "Change a code")
     codes, palettes, image = numbers(page, "#places"), [], "document.querySelector('#changed .after img').src"
+    assert codes[24] != codes[3]
     for place in (24, 3):
-        text = page.inner_text("#palette")
         page.locator("#places button").nth(place).click()
-        wait_for_change(page, "#palette", "innerText", text)
+        wait_for_first_code(page, codes[place])
         palettes.append(numbers(page, "#palette .palette"))
         before = page.evaluate(image)
         page.locator("#palette .palette button").last.click()
@@ -179,8 +185,7 @@ def test_undo_shows_the_palette_of_its_place(open_page):
         before = page.evaluate(image)
         page.get_by_role("button", name="Undo").click()
         wait_for_change(page, "#changed .after img", "src", before)
-        page.wait_for_function("code => document.querySelector('#palette .palette .tile b').innerText == code",
-                               arg=str(expected[0]))
+        wait_for_first_code(page, expected[0])
         assert numbers(page, "#palette .palette") == expected
     assert numbers(page, "#places") == codes
 
