@@ -208,13 +208,13 @@ def are_digits(dataset):
 
 
 def seen_in_training(trained_on, name, model="The model"):
-    """Whether a model trained on one data set has seen the test images of another, and a sentence on it that says so.
+    """Whether a model trained on one data set has seen the test images of another, and a sentence that says so.
 
-    True, False (then the sentence is empty), or None where it is not known. MNIST-10k is a part of MNIST's training
-    images. QMNIST's training images are MNIST's, made again from the scans, and none of its test images is among them
-    (Yadav and Bottou 2019, "Cold Case: the Lost MNIST Digits"). EMNIST's sets (Cohen et al. 2017) are chosen from the
-    same scans as MNIST, and from the same images as each other, but which of them are training images in one set and
-    test images in another is not recorded.
+    True, False (then the sentence is empty), or None where it is not known. The sentence begins with `model`, the name
+    or the path of the model. MNIST-10k is a part of MNIST's training images. QMNIST's training images are MNIST's, made
+    again from the scans, and none of its test images is among them (Yadav and Bottou 2019, "Cold Case: the Lost MNIST
+    Digits"). EMNIST's sets (Cohen et al. 2017) are chosen from the same scans as MNIST, and from the same images as
+    each other, but which of them are training images in one set and test images in another is not recorded.
     """
     if name == trained_on or not {trained_on, name} <= MNIST_RELATIVES:
         return False, ""
