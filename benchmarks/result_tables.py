@@ -74,7 +74,7 @@ TABLES = [
           "| full MNIST, ten epochs (recommended: twelve) | test MSE on [−1, 1] | perplexity | codes used, of 512 |", [
               f"| published settings, published codebook (uniform start, no restarts) | {trained('published')}",
               f"| published settings, this codebook (K-means start, restarts) | {trained('defaults')}",
-              f"| **recommended settings, this codebook** (one seed) | {trained('recommended', bold='**')}"]),
+              f"| **recommended settings, this codebook** | {trained('recommended', bold='**')}"]),
     Table("README.md", "Shipped models", "| file | contents | results on MNIST's 10,000 test digits |", [
         "| `pretrained/vqvae.pt` (0.7 MB) | VQ-VAE with the recommended settings, D 40, K 512 | "
         "MSE {shipped:mse:.5f}, PSNR {shipped:psnr:.2f} dB, perplexity {shipped:perplexity:.1f}, {shipped:used:.0f} "
@@ -161,7 +161,7 @@ SENTENCES = [
                           "sampled"),
     Sentence("README.md", "This reaches a test MSE of {recommended:mse:.4f} with {recommended:used:.0f} codes in use"),
     Sentence("docs/training.md", "The test loss is {recommended:mse epoch 1:.3f} after the first epoch and "
-                                 "{recommended:mse:.4f} after the twelfth."),
+                                 "{recommended:mse:.4f} after the twelfth (means of three seeds)."),
     Sentence("docs/results.md", "With its settings and its codebook the run here ends at {published:mse:.4f} "
                                 "(first row)."),
     Sentence("docs/results.md", "these end at {three epochs EMA:mse:.4f}, without `ema` at {three epochs:mse:.4f}."),
