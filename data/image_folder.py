@@ -6,6 +6,7 @@ Letters: N images, B of them in a batch, C channels, H×W pixels.
 import hashlib
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections import deque
@@ -232,7 +233,10 @@ def load(folder, shape):
         sets.append(ImageFiles([images[row][0] for row in rows], torch.tensor([number[names[row]] for row in rows]),
                                shape, classes))
     if not all(len(part) for part in sets):
-        raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed")
+        endings = tuple(ending for _, group, _ in shutil.get_unpack_formats() for ending in group)
+        archive = next((f"; unpack {path} first" for path in left_out if path.name.lower().endswith(endings)), "")
+        raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed"
+                         + archive)
     for part in sets:
         part.left_out, part.description = left_out, _describe(folder, classes, roots, ignored)
         part.all_paths, part.folder = [path for path, _ in images], folder

@@ -1,6 +1,8 @@
 """Folders of user images: every mode of Pillow, EXIF orientations, broken files, any name and size."""
 
 import multiprocessing
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,10 +387,15 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.write(tmp_path / "text" / "a.txt")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed.zip").rename(tmp_path / "packed" / "photos.zip")
     for arguments, words in (
             (["--data-folder", "nowhere"], ("--dataset folder --data-folder nowhere", "there is no folder")),
             (["--data-folder", "empty"], ("--data-folder empty", "no file")),
-            (["--data-folder", "text"], ("--data-folder text", "0 of its files are images")),
+            (["--data-folder", "text"], ("--data-folder text", "0 of its files are images", "are needed\n")),
+            (["--data-folder", "packed"], ("0 of its files are images", f"; unpack {Path('packed/photos.zip')} first")),
             (["--data-folder", images_folder, "--image-size", "30"], ("--image-size", "'30' is not a multiple of 4")),
             (["--data-folder", images_folder, "--channels", "2"], ("--channels", "2"))):
         line = expect_usage_error("VQ-VAE.py", ["--dataset", "folder", *arguments], capsys)
@@ -400,4 +407,4 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
                         ("empty", ("--input empty", "no image in it"))):
         line = expect_usage_error("generate.py", ["--model", checkpoint.PRETRAINED, "--input", path], capsys)
         assert all(word in line for word in words), line
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "empty", "text"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "empty", "packed", "photos.zip", "text"]
