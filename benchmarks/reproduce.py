@@ -16,6 +16,7 @@ if __name__ == "__main__":
     from utils import startup
     startup.prepare()
 
+import argparse
 import os
 
 from result_rows import ROWS, kind_of
@@ -55,7 +56,11 @@ def groups():
 
 
 def one_of_the_names(text):
-    return arguments.one_of(*groups(), *(row.name for row in ROWS))(text)
+    names = {name.lower(): name for name in (*groups(), *(row.name for row in ROWS))}
+    if text.lower() not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: {arguments.did_you_mean(text, names.values())}"
+                                         "--list shows all names")
+    return names[text.lower()]
 
 
 def available_cores():

@@ -211,7 +211,7 @@ def load(folder, shape):
     Its sub-folders are the classes. Folders train and test, or else val, are the two sets, each with its sub-folders;
     without them a tenth of all images, always the same, is the test set. Both sets have left_out, the files that are no
     images, and description, how the folder was read. Raises ValueError if there are fewer than two images, OSError if
-    there is no such folder.
+    it is no folder.
     """
     folder, roots, ignored = _find_sets(Path(folder))
     files = [(path, root) for root in roots for path in list_files(root)]
@@ -233,8 +233,7 @@ def load(folder, shape):
         sets.append(ImageFiles([images[row][0] for row in rows], torch.tensor([number[names[row]] for row in rows]),
                                shape, classes))
     if not all(len(part) for part in sets):
-        endings = tuple(ending for _, group, _ in shutil.get_unpack_formats() for ending in group)
-        archive = next((f"; unpack {path} first" for path in left_out if path.name.lower().endswith(endings)), "")
+        archive = next((f"; unpack {path} first" for path in left_out if _is_archive(path)), "")
         raise ValueError(f"{len(images)} of its files are images: at least one to train and one to test are needed"
                          + archive)
     for part in sets:
@@ -248,6 +247,9 @@ def _find_sets(folder):
 
     Where a folder holds nothing but another one with sub-folders, it is that one.
     """
+    if folder.is_file():
+        raise NotADirectoryError("is a file; " + ("unpack it and give the folder" if _is_archive(folder)
+                                                  else "give the folder that holds the images"))
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     for _ in range(MAX_LEVELS):
@@ -261,6 +263,10 @@ def _find_sets(folder):
         return folder, [folder], []
     roots = [train, test or validation]
     return folder, roots, [path.name for path in inside if path not in roots]
+
+
+def _is_archive(path):
+    return path.name.lower().endswith(tuple(ending for _, group, _ in shutil.get_unpack_formats() for ending in group))
 
 
 def _describe(folder, classes, roots, ignored):

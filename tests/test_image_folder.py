@@ -1,6 +1,7 @@
 """Folders of user images: every mode of Pillow, EXIF orientations, broken files, any name and size."""
 
 import multiprocessing
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -390,9 +391,11 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
         archive.write(tmp_path / "text" / "a.txt")
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed.zip").rename(tmp_path / "packed" / "photos.zip")
+    shutil.copyfile(tmp_path / "packed.zip", tmp_path / "packed" / "photos.zip")
     for arguments, words in (
             (["--data-folder", "nowhere"], ("--dataset folder --data-folder nowhere", "there is no folder")),
+            (["--data-folder", "packed.zip"], ("--data-folder packed.zip: is a file; unpack it",)),
+            (["--data-folder", "text/a.txt"], ("--data-folder text/a.txt: is a file; give the folder",)),
             (["--data-folder", "empty"], ("--data-folder empty", "no file")),
             (["--data-folder", "text"], ("--data-folder text", "0 of its files are images", "are needed\n")),
             (["--data-folder", "packed"], ("0 of its files are images", f"; unpack {Path('packed/photos.zip')} first")),
@@ -407,4 +410,5 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
                         ("empty", ("--input empty", "no image in it"))):
         line = expect_usage_error("generate.py", ["--model", checkpoint.PRETRAINED, "--input", path], capsys)
         assert all(word in line for word in words), line
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "empty", "packed", "photos.zip", "text"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "empty", "packed", "packed.zip",
+                                                                    "photos.zip", "text"]

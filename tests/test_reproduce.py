@@ -305,7 +305,8 @@ subprocess.run([sys.executable, "child.py"])
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["lowest los"], "'lowest los' is unknown: did you mean lowest loss?"), (["--adopt"], "--adopt: is used only with"),
+    (["lowest los"], "'lowest los' is unknown: did you mean lowest loss? --list shows"),
+    (["--adopt"], "--adopt: is used only with"),
     (["--list", "--check"], "give one of them"), (["--folder", __file__], f"--folder {__file__}: is not a folder"),
     (["--processes", "0"], "--processes"),
     (["photographs", "--cifar10-folder", "nowhere"], "--cifar10-folder nowhere: is not a folder"),
