@@ -146,7 +146,9 @@ def tolerance_of(row, figure, measured, claimed):
     kind = kind_of(figure)
     share, least = kind.rounding if row.given else kind.deviation
     allowed = max(share * abs(claimed["mean"]), least)
-    return allowed if row.given else 3 * allowed * math.sqrt(1 / measured["n"] + 1 / claimed["n"])
+    if row.given:
+        return allowed
+    return 3 * max(allowed, claimed["std"] or 0) * math.sqrt(1 / measured["n"] + 1 / claimed["n"])
 
 
 def compare(args, rows):

@@ -85,7 +85,7 @@ LARGEST_ON_GPU = 1_000_000, 65_536
 MAX_MATRIX = 6e8                # N × K above which implementations with a full matrix are skipped: it takes gigabytes
 BYTES_OF_MATRIX = 40            # for each of its numbers, at the peak, with gradients and copies
 RECIPES = {
-    "published": "--codebook-init uniform --restart-after 0",
+    "published": "--codebook-init uniform --restart-after 0 --validation-images 0",
     "recommended": "--batch-size 64 --lr 2e-3 --lr-schedule cosine --beta 0.35 --codebook-update ema "
                    "--restart-after 100 --num-epochs 12",
 }
