@@ -25,7 +25,7 @@ def get_parser(quantizers=()):
     group.add_argument("--dataset", type=arguments.one_of(*arguments.DATASETS), default="MNIST", metavar="NAME",
                        help=f"{', '.join(arguments.DATASETS)}; MNIST-10k are the 10,000 digits in MNIST/ that need no "
                             f"download, folder is any folder of images {shown}")
-    group.add_argument("--data-folder", default="MNIST", metavar="PATH",
+    group.add_argument("--data-folder", type=arguments.file_name, default="MNIST", metavar="PATH",
                        help=f"where the data set is, or is downloaded to once; the images of --dataset folder {shown}")
     group.add_argument("--image-size", type=arguments.multiple_of(DOWNSAMPLES[0], 8, LARGEST_SIDE), default=64,
                        metavar="S", help="with --dataset folder: images become S×S pixels, S is a multiple of "

@@ -16,7 +16,7 @@ def get_parser():
     shown = "(default: %(default)s)"
     parser.add_argument("--dataset", type=arguments.one_of(*arguments.DIGIT_SETS), default="MNIST", metavar="NAME",
                         help=f"{', '.join(arguments.DIGIT_SETS)} {shown}")
-    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
+    parser.add_argument("--data-folder", type=arguments.file_name, default="MNIST", metavar="PATH",
                         help=f"where the data set is, or is downloaded to once {shown}")
     parser.add_argument("--output", type=arguments.name_inside("models"), default="classifier", metavar="NAME",
                         help=f"writes models/NAME.pt {shown}")

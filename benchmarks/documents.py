@@ -32,11 +32,12 @@ class Figures:
         """The command and the figures in a row's file."""
         if row.name not in self.contents:
             path = self.folder / f"{row.slug}.json"
-            contents = {"command": row.command, "figures": {}}
             try:
-                self.contents[row.name] = contents if not path.exists() else {
-                    name: json.loads(path.read_text())[name] for name in contents}
-            except (ValueError, KeyError, TypeError) as error:
+                contents = json.loads(path.read_text()) if path.exists() else {"command": row.command, "figures": {}}
+                self.contents[row.name] = {"command": contents["command"], "figures": {
+                    name: {part: value[part] for part in ("mean", "std", "n")}
+                    for name, value in contents["figures"].items()}}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         return self.contents[row.name]
 

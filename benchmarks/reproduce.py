@@ -1,9 +1,9 @@
 """Measure the figures of the README and of docs/ anew, and compare: python3 benchmarks/reproduce.py [NAME ...]
 
-NAME is a table or a row of --list; without any, all of them run, about 26 hours of one core. Interrupted, the same
-command goes on where it was. For each row FOLDER/results/ROW.json has everything that was measured. Exits with status 1
-if a figure differs from that of the documents by more than the tolerance of its kind (KINDS in result_rows.py), or if a
-document does not show what docs/results/*.json, the source of its tables, gives.
+NAME is a table or a row of --list; without any, all of them run, about 26 hours of one core, 24 without CIFAR-10.
+Interrupted, the same command goes on where it was. For each row FOLDER/results/ROW.json has everything that was
+measured. Exits with status 1 if a figure differs from that of the documents by more than the tolerance of its kind
+(KINDS in result_rows.py), or if a document does not show what docs/results/*.json, the source of its tables, gives.
 """
 
 import sys
@@ -108,7 +108,7 @@ def print_list(rows):
             group = row.group
             print(f"\n{group}" if row is not rows[0] else group)
         times = f"{len(row.seeds)} × " * (len(row.seeds) > 1)
-        print(f"  {row.name:<27}{times + f'{row.minutes} min':>11}  {row.command}")
+        print(f"  {row.name:<28}{times + f'{row.minutes} min':>11}  {row.command}")
     minutes = sum(row.minutes * len(row.seeds) for row in rows)
     print(f"\nTogether about {duration(60 * minutes)} of one core.")
 

@@ -29,7 +29,7 @@ def get_parser():
                         help=f"{arguments.DEVICES} {shown}")
     parser.add_argument("--rounds", type=arguments.integer(1), default=5, metavar="N",
                         help=f"measurements of each, of which the median is shown {shown}")
-    parser.add_argument("--data-folder", default="MNIST", metavar="PATH",
+    parser.add_argument("--data-folder", type=arguments.file_name, default="MNIST", metavar="PATH",
                         help=f"where the complete MNIST is, for quality; the other parts need none {shown}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there (default: nowhere)")
     parser.add_argument("--overwrite", action="store_true", help="replace such a file at --json (default: stop)")

@@ -397,6 +397,7 @@ def test_bad_folders_get_one_line_errors(images_folder, tmp_path, monkeypatch, c
             (["--data-folder", "packed.zip"], ("--data-folder packed.zip: is a file; unpack it",)),
             (["--data-folder", "text/a.txt"], ("--data-folder text/a.txt: is a file; give the folder",)),
             (["--data-folder", "empty"], ("--data-folder empty", "no file")),
+            (["--data-folder", ""], ("--data-folder: '' is not a path",)),
             (["--data-folder", "text"], ("--data-folder text", "0 of its files are images", "are needed\n")),
             (["--data-folder", "packed"], ("0 of its files are images", f"; unpack {Path('packed/photos.zip')} first")),
             (["--data-folder", images_folder, "--image-size", "30"], ("--image-size", "'30' is not a multiple of 4")),

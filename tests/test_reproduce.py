@@ -333,6 +333,18 @@ def test_damaged_results_are_one_line(tmp_path, monkeypatch, capsys):
             "benchmarks/reproduce.py", ["published", "--check"], capsys)
 
 
+@pytest.mark.parametrize("figure", [0.5, {"mean": 0.5, "n": 3}])
+def test_damaged_figure_of_the_documents_is_one_line(repository, capsys, figure):
+    path = repository / "docs" / "results" / "uniform.json"
+    contents = json.loads(path.read_text())
+    contents["figures"]["mse"] = figure
+    path.write_text(json.dumps(contents))
+    with pytest.raises(SystemExit) as excinfo:
+        reproduce.main(["uniform", "--check"])
+    captured = capsys.readouterr()
+    assert excinfo.value.code == 2 and captured.err.count("\n") == 1 and "uniform.json is damaged" in captured.err
+
+
 def test_run_without_all_figures_is_kept_and_done_again(tmp_path):
     row = result_rows.Row("some", "rows", "command", {"mse": "table.a.mse", "mse b": "table.b.mse"}, 1)
     output = {"table": {"a": {"mse": 0.5}}}

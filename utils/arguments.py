@@ -101,9 +101,9 @@ def name_inside(folder):
 
 
 def file_name(text):
-    """A type for paths of files: any text but the empty one."""
+    """A type for paths of files and folders: any text but the empty one."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is not the path of a file")
+        raise argparse.ArgumentTypeError("'' is not a path")
     return text
 
 

@@ -231,7 +231,7 @@ def add_model_arguments(parser):
                         help=f"{arguments.DEVICES} {shown}")
     parser.add_argument("--dataset", type=arguments.one_of(*arguments.DATASETS), metavar="NAME",
                         help=f"{', '.join(arguments.DATASETS)} (default: the one that the model was trained on)")
-    parser.add_argument("--data-folder", metavar="PATH",
+    parser.add_argument("--data-folder", type=arguments.file_name, metavar="PATH",
                         help="where the data set is, or is downloaded to once "
                              "(default: that of the model's own image folder, MNIST for the others)")
     add_num_workers(parser)
