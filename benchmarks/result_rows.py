@@ -31,6 +31,7 @@ class Kind(NamedTuple):
 # of two priors trained alike differ by 0.5 %.
 KINDS = {
     "mse": Kind("test MSE", ".5f", (0.035, 0), (0.01, 0)),
+    "validation": Kind("validation MSE", ".5f", (0.035, 0), (0.01, 0)),
     "training": Kind("training MSE", ".5f", (0.035, 0), (0.01, 0)),
     "codebook": Kind("codebook loss", ".5f", (0.035, 0), (0.01, 0)),
     "psnr": Kind("PSNR in dB", ".2f", (0, 0.15), (0, 0.05)),            # 3.5 % and 1 % of the MSE
@@ -144,7 +145,7 @@ ROWS = [
     Row("EMA", "results", f"{TRAIN} --codebook-update ema {ALL_IMAGES} --output-folder ema", TRAINED, 11, SEEDS),
     Row("lowest loss", "results", f"{TRAIN} {LOWEST} --num-epochs 15 --output-folder lowest", TRAINED, 18, SEEDS),
     Row("recommended", "results", f"{TRAIN} {RECOMMENDED} --num-epochs 12 --output-folder recommended",
-        TRAINED | {"mse epoch 1": "epochs.0.test_recon"}, 15, SEEDS),
+        TRAINED | {"mse epoch 1": "epochs.0.test_recon", "validation": "epochs.-1.val_recon"}, 15, SEEDS),
 
     Row("MNIST-10k", "bundled digits", f"{TRAIN} {BUNDLED} --output-folder MNIST-10k", TRAINED, 3,
         SEEDS, dataset="MNIST-10k"),

@@ -164,6 +164,8 @@ SENTENCES = [
                                  "{recommended:mse:.4f} after the twelfth (means of three seeds)."),
     Sentence("docs/results.md", "With its settings and its codebook the run here ends at {published:mse:.4f} "
                                 "(first row)."),
+    Sentence("docs/results.md", "The recommended run ends at a validation loss of {recommended:validation:.4f} (mean "
+                                "of three seeds)."),
     Sentence("docs/results.md", "these end at {three epochs EMA:mse:.4f}, without `ema` at {three epochs:mse:.4f}."),
     Sentence("docs/questions.md", "the published codebook ends at a perplexity of {published:perplexity:.0f} with "
                                   "{published:used:.0f} codes used."),
@@ -181,6 +183,8 @@ SENTENCES = [
     Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, where a "
                                  "uniform distribution over the codes has log 512 = 6.24; that is "
                                  "{shipped:bits prior:.3f} bits per dimension."),
+    Sentence("docs/sampling.md", "recognise {shipped:recognised test set:.2%} and "
+                                 "{shipped:recognised test set by the transformer:.2%} of the test set."),
     Sentence("model.txt", "precision {shipped:precision samples:.2%} ± {shipped:error precision samples:.2%}, recall "
                           "{shipped:recall samples:.2%} ± {shipped:error recall samples:.2%}, in the features of the "
                           "first classifier copies {shipped:copies samples:.2%} ± {shipped:error copies samples:.2%} "
