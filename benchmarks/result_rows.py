@@ -27,8 +27,8 @@ class Kind(NamedTuple):
 
 # Over three seeds of the complete MNIST the standard deviation is 0.1 to 2.8 % of the MSE, 2 to 14 % of the perplexity,
 # and up to 3 of the codes used (docs/results.md); of the bundled digits, at a high constant rate, 8 % of the MSE. A
-# share of 10,000 samples has a standard error of 0.05 to 0.17 points, one of 1,000 completions of up to 1.6. The nats
-# of two priors trained alike differ by 0.5 %.
+# share of 10,000 samples has a standard error of up to 0.38 points, one of 1,000 completions of up to 1.6. The nats of
+# two priors trained alike differ by 0.5 %.
 KINDS = {
     "mse": Kind("test MSE", ".5f", (0.035, 0), (0.01, 0)),
     "validation": Kind("validation MSE", ".5f", (0.035, 0), (0.01, 0)),

@@ -177,9 +177,6 @@ SENTENCES = [
                                   "{codebook kmeans 0 gradient:used:.0f} with K-means, "
                                   "{codebook uniform 20 gradient:used:.0f} with restarts but at a high loss, "
                                   "{codebook kmeans 20 gradient:used:.0f} with both"),
-    Sentence("docs/sampling.md", "It has {shipped:nats:.3f} nats per code on the test set, and "
-                                 "{shipped:recognised samples:.2%} ± {shipped:error recognised samples:.2%} of its "
-                                 "samples are recognised"),
     Sentence("docs/sampling.md", "The shipped prior has {shipped:nats:.3f} nats per code on the test set, where a "
                                  "uniform distribution over the codes has log 512 = 6.24; that is "
                                  "{shipped:bits prior:.3f} bits per dimension."),
