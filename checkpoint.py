@@ -197,6 +197,8 @@ def load_prior(path, vqvae, device="cpu"):
     if isinstance(contents.get("model"), dict):     # the first version did not calibrate
         contents["model"].setdefault("tail", torch.zeros(1 + TAIL_KNOTS))
     prior = _rebuild(CodePrior, contents, device)
+    if not isinstance(contents.get("dataset"), str):
+        raise ValueError("it does not name the data set that it was trained on: the file is damaged")
     names = contents.setdefault("classes", [str(i) for i in range(prior.num_classes)])
     if not isinstance(names, list) or len(names) != prior.num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"it does not name its {prior.num_classes} classes: the file is damaged")
@@ -214,6 +216,8 @@ def load_classifier(path, device="cpu"):
     """
     contents, _ = _read(path)
     _check_kind(contents, "classifier", "a classifier")
+    if not isinstance(contents.get("dataset", ""), str):
+        raise ValueError("it does not name the data set that it was trained on: the file is damaged")
     match contents.setdefault("config", {"architecture": "cnn"}):           # the first ones have none
         case {"architecture": str(name)} if name in ARCHITECTURES:
             return _rebuild(ARCHITECTURES[name], {**contents, "config": {}}, device), contents

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     from utils import startup
     startup.prepare()
 
+import os
 from pathlib import Path
 
 from utils import arguments, cli
@@ -36,7 +37,7 @@ def get_parser():
 
 def check_arguments(parser, args):
     """End with an error if arguments contradict each other."""
-    if args.json and args.pairs and Path(args.json).resolve() == Path(args.pairs).resolve():
+    if args.json and args.pairs and os.path.realpath(args.json) == os.path.realpath(args.pairs):
         parser.error(f"--json {args.json} --pairs {args.pairs}: choose another name for one of them")
     if not args.json and not args.pairs:
         parser.check_unused(args, ("overwrite",), "is used only with --json or --pairs, add one of them")

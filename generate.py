@@ -79,7 +79,7 @@ def check_arguments(parser, args):
     if args.input not in ("test", "MNIST"):
         parser.check_unused(args, ("dataset", "data_folder", "num_workers"),
                             f"is used with --input test, not with {args.input}")
-    if isinstance(args.input, Path) and not args.input.exists():
+    if isinstance(args.input, Path) and not os.path.exists(args.input):
         hint = arguments.did_you_mean(str(args.input), INPUTS).strip()
         parser.error(f"--input {str(args.input)!r} is none of {', '.join(INPUTS)}, and there is no such file or folder"
                      + f": {hint}" * bool(hint))

@@ -37,6 +37,7 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from contextlib import suppress
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def read_track(path):
     Raises ValueError if it is not a track.
     """
     try:
-        header, *lines = Path(path).read_text().splitlines() or [""]
+        header, *lines = Path(path).read_text("utf-8").splitlines() or [""]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a track: it is not text") from error
     columns, rows = header.split(), []
@@ -114,7 +115,7 @@ def folders_of_runs(folder):
     Raises ValueError if there is none.
     """
     folder = Path(folder)
-    parts = folder.resolve().parts
+    parts = Path(os.path.realpath(folder)).parts
     beside = []
     if "logs" in parts:
         at = len(parts) - 1 - parts[::-1].index("logs")
@@ -132,7 +133,7 @@ def folders_of_runs(folder):
 def read_run(folder):
     """A run from its folder. Raises ValueError if a file is damaged."""
     try:
-        settings = json.loads((folder / ARGUMENTS).read_text())
+        settings = json.loads((folder / ARGUMENTS).read_bytes())
         name = str(settings["output_folder"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / ARGUMENTS} is damaged: {type(error).__name__}: {error}") from error

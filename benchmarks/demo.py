@@ -24,7 +24,7 @@ def get_parser():
     parser.add_argument("--visitors", type=arguments.integer(1, 200), default=20, metavar="N",
                         help=f"visitors at once {shown}")
     parser.add_argument("--requests", type=arguments.integer(10), default=1000, metavar="N",
-                        help=f"requests of all visitors together, between the two readings of memory {shown}")
+                        help=f"requests of all visitors together, beside five each that finish a digit {shown}")
     parser.add_argument("--port", type=arguments.integer(1, 65535), default=7869, metavar="N",
                         help=f"port of the page {shown}")
     return parser
@@ -125,14 +125,14 @@ def measure(page, process, args):
         report(f"1 visitor: {action}", seconds)
     visitors = [Visitor(page, seed + 1) for seed in range(args.visitors)]
     before = resident_memory(process)
-    run_visitors(visitors, args.requests // 2, THINKING, "with pauses")
-    run_visitors(visitors, args.requests - args.requests // 2, 0, "without pauses")
-    run_visitors(visitors, 5 * args.visitors, 0, "finish", ["finish"])
-    print(f"memory: {before} MB before, {resident_memory(process)} MB after {args.requests:,} requests")
+    requests = (run_visitors(visitors, args.requests // 2, THINKING, "with pauses")
+                + run_visitors(visitors, args.requests - args.requests // 2, 0, "without pauses")
+                + run_visitors(visitors, 5 * args.visitors, 0, "finish", ["finish"]))
+    print(f"memory: {before} MB before, {resident_memory(process)} MB after {requests:,} requests")
 
 
 def run_visitors(visitors, requests, pause, name, actions=QUICK):
-    """Requests of all visitors at once, each after a pause of `pause` seconds on average."""
+    """Requests of all visitors at once, each after a pause of `pause` seconds on average. → how many"""
     def visit(visitor):
         seconds = []
         for action in itertools.islice(itertools.cycle(actions), max(len(actions), requests // len(visitors))):
@@ -141,7 +141,9 @@ def run_visitors(visitors, requests, pause, name, actions=QUICK):
         return seconds
 
     with ThreadPoolExecutor(len(visitors)) as pool:
-        report(f"{len(visitors)} visitors, {name}", list(itertools.chain(*pool.map(visit, visitors))))
+        seconds = list(itertools.chain(*pool.map(visit, visitors)))
+    report(f"{len(visitors)} visitors, {name}", seconds)
+    return len(seconds)
 
 
 def run(args):

@@ -33,7 +33,7 @@ class Figures:
         if row.name not in self.contents:
             path = self.folder / f"{row.slug}.json"
             try:
-                contents = json.loads(path.read_text()) if path.exists() else {"command": row.command, "figures": {}}
+                contents = json.loads(path.read_bytes()) if path.exists() else {"command": row.command, "figures": {}}
                 self.contents[row.name] = {"command": contents["command"], "figures": {
                     name: {part: value[part] for part in ("mean", "std", "n")}
                     for name, value in contents["figures"].items()}}
@@ -156,7 +156,7 @@ def check_documents(folder):
     for check, parts in ((check_table, TABLES), (check_sentence, SENTENCES)):
         for part in parts:
             try:
-                problems += check(part, Path(folder, part.page).read_text(), figures)
+                problems += check(part, Path(folder, part.page).read_text("utf-8"), figures)
             except ValueError as error:
                 problems.append(str(error))
     return problems
@@ -171,8 +171,8 @@ def rewritten_documents(folder):
     for rewrite, parts in ((rewrite_table, TABLES), (rewrite_sentence, SENTENCES)):
         for part in parts:
             path = Path(folder, part.page)
-            texts[path] = rewrite(part, texts.get(path) or path.read_text(), figures)
-    return {path: text for path, text in texts.items() if text != path.read_text()}
+            texts[path] = rewrite(part, texts.get(path) or path.read_text("utf-8"), figures)
+    return {path: text for path, text in texts.items() if text != path.read_text("utf-8")}
 
 
 def places_of(row, figure):

@@ -72,7 +72,7 @@ def check_arguments(parser, args):
         parser.error("--adopt: is used only with --write-tables, add it")
     if args.list + args.check + args.write_tables > 1:
         parser.error("--list, --check and --write-tables: give one of them")
-    if args.folder.exists() and not args.folder.is_dir():
+    if os.path.exists(args.folder) and not os.path.isdir(args.folder):
         parser.error(f"--folder {args.folder}: is not a folder")
 
 
@@ -80,7 +80,6 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
 import math
-import shutil
 
 import documents
 from run_rows import Record, Run, run_all
@@ -204,11 +203,11 @@ def print_columns(lines):
 # ---------------------------------------------------------------- the documents
 
 def adopt(args, rows):
-    """Copy the results of rows into docs/results, but not of those that only repeat another.
+    """Copy the results of rows with figures into docs/results, but not of those that only repeat another.
 
     Raises ValueError if a row has not been measured with every seed.
     """
-    rows = [row for row in rows if not row.repeats]
+    rows = [row for row in rows if row.figures and not row.repeats]
     records = [Record(row, args.folder) for row in rows if (args.folder / "results" / f"{row.slug}.json").exists()]
     for record in records:
         record.count_figures()
@@ -216,7 +215,7 @@ def adopt(args, rows):
         raise ValueError(f"not all seeds of {partial[0]!r} have been measured")
     complete = [record for record in records if record.is_complete()]
     for record in complete:
-        shutil.copyfile(record.path, ROOT / documents.FOLDER / record.path.name)
+        files.write_atomically(ROOT / documents.FOLDER / record.path.name, record.path.read_bytes())
     print(f"{len(complete)} of {len(rows)} rows: their results are now in {documents.FOLDER}")
 
 

@@ -126,10 +126,10 @@ class Run:
             output = {"epochs": read_track(self.files()[1])}
             seconds = sum(epoch["seconds"] for epoch in output["epochs"])
         else:
-            output = self.with_short_paths(json.loads(self.json.read_text()))
+            output = self.with_short_paths(json.loads(self.json.read_bytes()))
             output.pop("model", None)               # its path is of this machine
         if self.script == "VQ-VAE.py":              # which records the changes
-            environments = json.loads((self.models / "args.json").read_text())["environments"]
+            environments = json.loads((self.models / "args.json").read_bytes())["environments"]
         return {"seed": self.seed, "seconds": round(seconds, 1), "environments": environments, "output": output}
 
 
@@ -186,7 +186,7 @@ class Record:
         self.contents = {"row": row.name, "command": row.command, "runs": [], "figures": {}}
         if self.path.exists():
             try:
-                self.contents = json.loads(self.path.read_text())
+                self.contents = json.loads(self.path.read_bytes())
                 command, _ = self.contents["command"], [(run["seed"], run["output"]) for run in self.contents["runs"]]
                 if not isinstance(self.contents["figures"], dict):
                     raise TypeError("figures")

@@ -35,7 +35,7 @@ def get_parser():
 def check_arguments(parser, args):
     if not args.json:
         parser.check_unused(args, ("overwrite",), "is used only with --json, add it")
-    if "folder" in args.parts and not (args.data_folder and args.data_folder.is_dir()):
+    if "folder" in args.parts and not (args.data_folder and os.path.isdir(args.data_folder)):
         parser.error(f"--data-folder {args.data_folder}: give the folder of images for the part folder")
 
 
@@ -44,7 +44,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -143,17 +142,23 @@ def run_script(words, folder, until=None):
     with open(folder / "output.txt", "w") as output:
         process = subprocess.Popen([sys.executable, ROOT / words[0], *map(str, words[1:])], cwd=folder, stdout=output,
                                    stderr=output)
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            if until and until.exists() and not stopped:
-                seconds, stopped = time.perf_counter() - start, True
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.01)
-    process.returncode = os.waitstatus_to_exitcode(status)
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    break
+                if until and until.exists() and not stopped:
+                    seconds, stopped = time.perf_counter() - start, True
+                    process.kill()
+                time.sleep(0.01)
+        finally:
+            if process.returncode is None:      # interrupted
+                process.kill()
+                process.wait()
     if process.returncode and not stopped:
-        raise ValueError(f"{words[0]}: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
+        lines = (folder / "output.txt").read_text().strip().splitlines()
+        raise ValueError(f"{words[0]}: {lines[-1] if lines else f'ended with status {process.returncode}'}")
     unit = 1 if sys.platform == "darwin" else 1024          # bytes
     return seconds if stopped else time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
 

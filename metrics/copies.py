@@ -94,8 +94,10 @@ def noisy_shifted(images, generator):
     """Copies of uint8 images (N, C, H, W) that differ from them in every pixel: moved by one pixel, with noise."""
     directions = torch.randint(1, len(SHIFTS), (len(images),), generator=generator).tolist()
     moved = torch.stack([shift_images(image, *SHIFTS[direction]) for image, direction in zip(images, directions)])
-    noise = torch.randn(moved.shape, generator=generator) * NOISE
-    return (moved + noise).round().clamp(0, 255).byte()
+    for part in moved.split(items_that_fit(images[0].numel())):
+        noise = torch.randn(part.shape, generator=generator).mul_(NOISE)
+        part.copy_(noise.add_(part).round_().clamp_(0, 255))
+    return moved
 
 
 def evenly(labels, count):

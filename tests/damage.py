@@ -175,6 +175,7 @@ def entry_damages(contents, rng):
     # A huge number of epochs is no damage: the run would take them.
     number_paths = [path for path in paths if path[-1] != "num_epochs" and (path[0] in ("config", "dataset") or path[
         :2] in (("training", "settings"), ("training", "progress")))] or paths
+    first_paths = [path for path in paths if len(path) == 1]        # few among hundreds, and each read by somebody
     tensor_paths = [path for path in paths if path[0] == "model" and len(path) > 1] or paths
 
     def edited(paths, *edits):
@@ -183,11 +184,11 @@ def entry_damages(contents, rng):
         return edited_copy(contents, path, lambda container, key: edit(rng, container, key))
 
     return {
-        "other value": lambda: edited(paths, set_value),
+        "other value": lambda: edited(rng.choice([paths, first_paths]), set_value),
         "other number": lambda: edited(number_paths, set_value),
         "huge number": lambda: edited(number_paths, set_huge_number),
         "other tensor": lambda: edited(tensor_paths, change_tensor),
-        "missing key": lambda: edited(paths, delete_key),
+        "missing key": lambda: edited(rng.choice([paths, first_paths]), delete_key),
         "additional key": lambda: edited(paths, add_key),
         "code": lambda: edited(paths, set_code),
         "only code": lambda: pickle.dumps(rng.choice([CodeInPickle(), {"model": CodeInPickle()},

@@ -45,7 +45,8 @@ INVALID += [("VQ-VAE.py", "--output-folder", value)
             for value in ("../elsewhere", "/tmp/elsewhere", "a/../../elsewhere", "", ".", "two\nlines")]
 INVALID += [(script, flag, value) for script in ("generate.py", "evaluate.py") for flag in ("--hidden-size", "--k")
             for value in NOT_POSITIVE]
-INVALID += [("generate.py", "--input", "noise"), ("generate.py", "--dataset", "ImageNet"),
+INVALID += [("generate.py", "--input", "noise"), ("generate.py", "--input", 300 * "n"),
+            ("generate.py", "--dataset", "ImageNet"),
             ("evaluate.py", "--dataset", "ImageNet")]
 INVALID += [("generate.py", "--seed", "-1")]
 INVALID += [("generate.py", "--filename", value) for value in ("../elsewhere", "/tmp/elsewhere", "")]

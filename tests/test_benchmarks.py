@@ -128,6 +128,24 @@ def test_measurements_replace_only_measurements_and_only_with_overwrite(tmp_path
         assert "--overwrite: is used only with --json" in expect_usage_error(script, ["--overwrite"], capsys)
 
 
+def test_script_that_is_killed_or_interrupted_is_reported_and_ended(tmp_path, monkeypatch):
+    sizes = import_script("benchmarks/sizes.py")
+    (tmp_path / "silent.py").write_text("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(ValueError, match=r"silent\.py: ended with status -9"):
+        sizes.run_script([tmp_path / "silent.py"], tmp_path)
+    (tmp_path / "slow.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(99)")
+
+    def interrupt(seconds):
+        if (tmp_path / "output.txt").read_text().endswith("\n"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sizes.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sizes.run_script([tmp_path / "slow.py"], tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "output.txt").read_text()), 0)
+
+
 def test_worker_measures_in_a_separate_process():
     worker = speed.Worker(operator.attrgetter, "real")
     assert worker(3 + 4j) == 3

@@ -30,6 +30,26 @@ def test_checkpoint_alone_rebuilds_the_model(tmp_path):
     assert torch.equal(restored(x).reconstruction, model(x).reconstruction)
 
 
+@pytest.mark.parametrize("dataset", [..., ["MNIST"], 3])         # ... is none at all
+def test_prior_and_classifier_without_the_name_of_a_data_set_are_refused(dataset, tmp_path):
+    def load_prior(path):
+        return checkpoint.load_prior(path, checkpoint.PRETRAINED)
+
+    for shipped, load in ((checkpoint.PRETRAINED_PRIOR, load_prior),
+                          (checkpoint.CLASSIFIER, checkpoint.load_classifier)):
+        contents = torch.load(shipped, weights_only=True)
+        if dataset is ...:
+            del contents["dataset"]
+        else:
+            contents["dataset"] = dataset
+        torch.save(contents, tmp_path / "damaged.pt")
+        if dataset is ... and load is not load_prior:       # the first classifiers had none
+            assert "dataset" not in load(tmp_path / "damaged.pt")[1]
+        else:
+            with pytest.raises(ValueError, match="does not name the data set"):
+                load(tmp_path / "damaged.pt")
+
+
 @pytest.mark.parametrize("update", CODEBOOK_UPDATES)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_bare_state_dict_loads(tmp_path, prefix, update):

@@ -100,6 +100,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "nowhere: there is no run of VQ-VAE.py in it" in expect_usage_error(
         "benchmarks/compare.py", ["nowhere"], capsys)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop: there is no run" in expect_usage_error("benchmarks/compare.py", ["loop"], capsys)
     run = write_run(tmp_path / "run", [(1, 1, 1, 1)])
     (tmp_path / "other.csv").write_text("a,b\n")
     assert "--overwrite: is used only with --csv" in expect_usage_error(

@@ -66,6 +66,21 @@ def test_planted_copies_are_flagged_and_new_images_are_not():
     assert torch.equal(training[found.rows[:15, 0]], training[planted])
 
 
+def test_copies_are_planted_alike_in_parts(monkeypatch):
+    images = digits(0, 50)
+    whole = copies.noisy_shifted(images, torch.Generator().manual_seed(3))
+    monkeypatch.setattr(copies, "items_that_fit", lambda numbers: 7)
+    assert torch.equal(copies.noisy_shifted(images, torch.Generator().manual_seed(3)), whole)
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.randint(1, len(copies.SHIFTS), (50,), generator=generator)
+    noise = torch.randn(images.shape, generator=generator) * copies.NOISE
+    for image, direction, one, planted in zip(images, directions, noise, whole):
+        moved = np.pad(image[0].numpy(), 1)
+        y, x = copies.SHIFTS[direction]
+        moved = moved[1 - y:29 - y, 1 - x:29 - x]
+        assert np.array_equal(planted[0].numpy(), np.clip(np.round(moved + one[0].numpy()), 0, 255))
+
+
 def test_closest_pairs_show_each_image_above_its_original():
     training = digits(0, 500)
     images = torch.cat([digits(9000, 9030), training[[400]]])

@@ -47,6 +47,15 @@ def test_idx_data_sets_match_torchvision(tmp_path, name):
         assert part.labels.min() == 0 and part.labels.max() == min(len(part), len(part.classes)) - 1
 
 
+def test_files_of_the_first_torchvision_get_one_line(tmp_path):
+    folder = tmp_path / "MNIST" / "processed"
+    folder.mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)), folder / name)
+    with pytest.raises(ValueError, match="processed is of an old version of torchvision: move it away"):
+        data.load("MNIST", tmp_path)
+
+
 @pytest.mark.parametrize("place", ["MNIST/raw", "."])
 @pytest.mark.parametrize("dot", ["-", "."])
 def test_files_that_were_put_there_by_hand_are_found(dot, place, tmp_path):

@@ -126,6 +126,8 @@ def test_pairs_are_written_under_the_policy_of_all_outputs(tmp_path, monkeypatch
         assert len(closest) == 10 and closest == sorted(closest) and 0 < closest[0] <= closest[-1] <= 1
     assert output.count("; ratios ") == 2
     assert "--pairs new/pairs.png: exists, replace it with --overwrite" in expect_usage_error(words, capsys)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "--json loop/x.json: " in expect_usage_error([*words, "--overwrite", "--json", "loop/x.json"], capsys)
     (tmp_path / "new" / "pairs.png").write_text("mine")
     line = expect_usage_error([*words, "--overwrite"], capsys)
     assert "--pairs new/pairs.png: exists and is not a PNG file" in line

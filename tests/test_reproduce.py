@@ -11,7 +11,7 @@ import time
 import types
 
 import pytest
-from helpers import ROOT, expect_usage_error, import_script, start_script, wait_for
+from helpers import ROOT, expect_usage_error, import_script, run_command, start_script, wait_for
 from test_readme import TEXT
 
 import checkpoint
@@ -120,6 +120,12 @@ def test_claim_changed_by_hand_is_found_and_written_anew(repository, capsys):
     assert 'model.txt, line ' in output and f"it says 20.00, and docs/results gives {psnr}" in output
     reproduce.main(["--write-tables"])
     assert former == ((repository / "docs" / "results.md").read_text(), (repository / "model.txt").read_text())
+
+
+def test_documents_are_read_where_the_locale_is_not_utf_8(tmp_path):
+    result = run_command(sys.executable, ROOT / "benchmarks" / "reproduce.py", "quantizers", "--check", cwd=tmp_path,
+                         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert result.returncode == 0, result.stderr
 
 
 def test_table_that_is_no_longer_there_is_found(repository):

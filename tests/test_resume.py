@@ -256,6 +256,38 @@ def test_saved_schedule_continues_bit_for_bit(make_schedule, steps):
         if name in saved or name == "more":
             assert not train_state.schedule_fits(initial, {**saved, name: value}, steps, 2.0), name
     assert not train_state.schedule_fits(initial, [], steps, 2.0)
+    assert not train_state.schedule_fits(initial, {**saved, "last_epoch": torch.zeros(2)}, steps, 2.0)
+
+
+# ---------------------------------------------------------------- the state
+
+def state_with_track(*track):
+    return train_state.TrainState(order=torch.zeros(3), sums=torch.zeros(1), pending_losses=torch.zeros(10, 1),
+                                  track=list(track))
+
+
+@pytest.mark.parametrize(("header", "line", "fits"), [
+    ("epoch  val_nats  bits_per_dimension", "1 2.0 0.2", True),
+    ("epoch  bits_per_pixel", "1 0.2", True),           # of an earlier version, without validation images
+    ("epoch  val_nats  bits", "1 2.0 0.2", False), ("epoch  val_nats", "1 2.0", False), ("text", "1", False),
+    ("epoch  bits_per_dimension  val_nats", "1 2.0 0.2", False),
+    ("epoch  val_nats  bits_per_dimension", "1 2.0", False)])
+def test_track_of_other_columns_is_refused(header, line, fits):
+    saved = state_with_track(header, line)
+    saved.epoch, saved.step = 2, 5
+    state = state_with_track("epoch  val_nats  bits_per_dimension")
+    if fits:
+        state.load(saved.as_dict(), 5)
+        assert state.track == [header, line] and state.epoch == 2
+    else:
+        with pytest.raises(ValueError, match="columns are not epoch val_nats bits_per_dimension"):
+            state.load(saved.as_dict(), 5)
+
+
+def test_random_states_of_another_type_are_refused_without_a_warning(recwarn):
+    with pytest.raises(TypeError, match="random generators"):
+        train_state.restore_random_states(torch.zeros(3))
+    assert not recwarn.list
 
 
 # ---------------------------------------------------------------- changed environment

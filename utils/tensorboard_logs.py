@@ -21,6 +21,7 @@ from utils import code_use
 from utils.event_files import EMBEDDING_TAG, PRIOR_SUFFIX, own_files
 from utils.files import write_atomically
 from utils.memory import images_that_fit
+from utils.train_state import FORMER_COLUMNS
 
 TRACK, PRIOR_TRACK = "track.txt", "prior-track.txt"
 # Columns of the tracks, those of the validation set only where there is one, each with its format.
@@ -29,7 +30,6 @@ TRACK_COLUMNS = {"epoch": "d", "step": "d", **{f"{split}_{loss}": ".5f" for spli
                  "perplexity": ".1f", "used": "d", "restarts": "d", "seconds": ".1f"}
 PRIOR_COLUMNS = {"epoch": "d", "train_nats": ".4f", "val_nats": ".4f", "test_nats": ".4f", "bits_per_dimension": ".4f",
                  "seconds": ".1f"}
-FORMER_COLUMNS = {"bits_per_pixel": "bits_per_dimension"}       # of runs that an earlier version began
 # The rest fits into 80 characters.
 NOT_PRINTED = "step", *(f"{split}_{loss}" for split in ("train", "val", "test") for loss in ("codebook", "commit"))
 GRID_COLUMNS, GRID_PADDING = 8, 2           # of the grids of images; the padding in pixels

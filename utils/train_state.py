@@ -14,6 +14,7 @@ from utils import distributed
 LOG_EVERY = 10          # steps between two logs, at which the losses are copied from the device
 # Names in the checkpoints of earlier versions.
 FORMER_NAMES = {"pending_losses": "waiting", "code_counts": "counts"}
+FORMER_COLUMNS = {"bits_per_pixel": "bits_per_dimension"}       # of their tracks
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,7 @@ class TrainState:
 
     def load(self, saved, steps_per_epoch):
         """Restore the values of as_dict(). Raises ValueError or KeyError if they do not fit."""
+        own_columns = self.track[0].split()
         for name, own in self.as_dict().items():
             value = saved[FORMER_NAMES.get(name, name) if name not in saved else name]
             setattr(self, name, _checked(own, value, name))
@@ -82,6 +84,10 @@ class TrainState:
                 or self.step != (self.epoch - 1) * steps_per_epoch + self.batches):
             raise ValueError(f"step {self.step} is not step {self.batches} of epoch {self.epoch}, "
                              f"of {steps_per_epoch} steps each")
+        header, *lines = ([FORMER_COLUMNS.get(name, name) for name in line.split()] for line in self.track)
+        if (header != [name for name in own_columns if name in header or not name.startswith("val_")]
+                or any(len(line) != len(header) for line in lines)):
+            raise ValueError(f"the track's columns are not {' '.join(own_columns)}")
 
 
 def _checked(own, saved, name):
@@ -132,8 +138,8 @@ def schedule_fits(initial, saved, step, max_lr):
 
     max_lr: the highest learning rate of the schedule.
     """
-    return isinstance(saved, dict) and saved.get("last_epoch") == step and _same_but_for_steps(
-        initial, saved, step, max_lr * (1 + 1e-9))
+    return (isinstance(saved, dict) and _same_but_for_steps(initial, saved, step, max_lr * (1 + 1e-9))
+            and saved["last_epoch"] == step)
 
 
 def _same_but_for_steps(initial, saved, step, max_lr):
@@ -207,6 +213,8 @@ def random_states():
 
 def restore_random_states(states):
     """Bring every generator back to the state that random_states() recorded. Raises an error if a state is invalid."""
+    if not isinstance(states, dict):        # a tensor would print warnings
+        raise TypeError("no states of random generators")
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]
