@@ -33,6 +33,8 @@ def get_parser():
                         help=f"figures to draw quantizers.png from (default: {QUANTIZERS} of the repository)")
     parser.add_argument("--folder", type=Path, default=Path("readme_images"), metavar="PATH",
                         help="folder to write the pictures to, created if need be (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace such pictures there (default: leave them unchanged and stop)")
     return parser
 
 
@@ -52,10 +54,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import data
+from data import image_file
 from metrics import samples
+from utils import files
 from utils.code_pictures import code_patches
 from utils.tensorboard_logs import GRID_COLUMNS, GRID_PADDING
 
+NAMES = ("codes.png", "samples.png", "digits-by-epoch.png", "digits-by-epoch.gif", "losses.png", "code-use.png",
+         "quantizers.png")
 FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"        # distinct under any colour vision
 CURVES = {"font.size": 13, "figure.dpi": 100}
@@ -320,7 +326,25 @@ def read_quantizers(path):
 
 # ---------------------------------------------------------------- main
 
+def is_picture(path):
+    """Whether the file at a path is a PNG or a GIF file, by its first bytes."""
+    with open(path, "rb") as file:
+        return file.read(8).startswith((image_file.PNG_SIGNATURE, b"GIF8"))
+
+
+def encoded(save, **options):
+    """The bytes that save(file, **options) writes."""
+    file = io.BytesIO()
+    save(file, **options)
+    return file.getvalue()
+
+
 def draw(args):
+    with cli.errors_name_flag("--folder", args.folder):
+        outputs = {name: files.OutputFile(args.folder / name, args.overwrite, "a picture", is_picture)
+                   for name in NAMES}
+        for output in outputs.values():
+            output.check()
     run, published, ours = (read_logs(f"--{name}", getattr(args, name)) for name in ("run", "published", "ours"))
     model, _ = checkpoint.load_model(checkpoint.PRETRAINED)
     prior, _ = checkpoint.load_prior(checkpoint.PRETRAINED_PRIOR, checkpoint.PRETRAINED)
@@ -330,15 +354,14 @@ def draw(args):
     figures = {"losses.png": draw_losses(run), "code-use.png": draw_code_use(published, ours),
                "quantizers.png": draw_quantizers(read_quantizers(args.quantizers))}
     first, *others = digits_as_frames(run)
+    contents = {name: encoded(picture.save, format="PNG", optimize=True) for name, picture in pictures.items()}
+    contents |= {name: encoded(figure.savefig, format="png") for name, figure in figures.items()}
+    contents["digits-by-epoch.gif"] = encoded(first.save, format="GIF", save_all=True, append_images=others,
+                                              duration=FRAME_MS, loop=0)
     with cli.errors_name_flag("--folder", args.folder):
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            picture.save(args.folder / name, optimize=True)
-        for name, figure in figures.items():
-            figure.savefig(args.folder / name)
-        first.save(args.folder / "digits-by-epoch.gif", save_all=True, append_images=others, duration=FRAME_MS, loop=0)
-    for name in (*pictures, "digits-by-epoch.gif", *figures):
-        print(args.folder / name)
+        for name, output in outputs.items():
+            output.write(contents[name])
+            print(output.path)
 
 
 def main(argv=None):

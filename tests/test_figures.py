@@ -1,11 +1,12 @@
 """docs/figures.py from the command line, with its pictures read back."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, bundled_digits, events, import_script, run_script, snapshot
+from helpers import ROOT, bundled_digits, events, expect_usage_error, import_script, run_script, snapshot
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
@@ -283,6 +284,22 @@ def test_unwritable_folder_error_names_the_flag(trained, tmp_path, capsys):
                                                "--folder", str(tmp_path / "file")])
     line = capsys.readouterr().err
     assert f"--folder {tmp_path / 'file'}" in line and line.count("\n") == 1
+
+
+def test_only_pictures_are_replaced_and_only_with_overwrite(trained, pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    before, logs = snapshot(tmp_path), str(trained / "logs" / "run")
+    words = ["--run", logs, "--published", logs, "--ours", logs, "--folder", str(tmp_path / "pictures")]
+    assert "codes.png: exists, replace it with --overwrite" in expect_usage_error("docs/figures.py", words, capsys)
+    assert snapshot(tmp_path) == before
+    (tmp_path / "pictures" / "losses.png").write_text("mine")
+    line = expect_usage_error("docs/figures.py", [*words, "--overwrite"], capsys)
+    assert "losses.png: exists and is not a picture" in line
+    assert (tmp_path / "pictures" / "losses.png").read_text() == "mine"
+    (tmp_path / "pictures" / "losses.png").unlink()
+    (tmp_path / "pictures" / "samples.png").write_bytes(b"\x89PNG\r\n\x1a\n, half of one")
+    import_script("docs/figures.py").main([*words, "--overwrite"])
+    assert snapshot(tmp_path) == before
 
 
 def test_committed_pictures_are_small_and_wide_enough():
