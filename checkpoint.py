@@ -216,7 +216,7 @@ def load_classifier(path, device="cpu"):
     """
     contents, _ = _read(path)
     _check_kind(contents, "classifier", "a classifier")
-    if not isinstance(contents.get("dataset", ""), str):
+    if not isinstance(contents.get("dataset"), str):
         raise ValueError("it does not name the data set that it was trained on: the file is damaged")
     match contents.setdefault("config", {"architecture": "cnn"}):           # the first ones have none
         case {"architecture": str(name)} if name in ARCHITECTURES:

@@ -131,7 +131,7 @@ def open_classifiers(args, are_digits):
 def _open_classifier(path, device):
     with cli.errors_name_flag("--classifier", path):
         classifier, contents = checkpoint.load_classifier(path, device)
-        return classifier, contents.get("dataset")
+        return classifier, contents["dataset"]
 
 
 def measure_prior(model, prior, classifiers, train_set, test_set, args):

@@ -54,6 +54,7 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and mistakes are answered before torch is imported, which takes seconds
 
 import math
+import os
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -295,9 +296,8 @@ def warm_up_then_cosine(optimizer, steps):
 
 def logs_of(path):
     """logs/NAME for models/NAME/FILE, and logs/FOLDER for a model in another folder."""
-    folder = path.resolve().parent
-    inside = folder.is_relative_to(Path("models").resolve()) and folder != Path("models").resolve()
-    return Path("logs", folder.relative_to(Path("models").resolve()) if inside else folder.name)
+    folder, models = Path(os.path.realpath(path)).parent, Path(os.path.realpath("models"))
+    return Path("logs", folder.relative_to(models) if models in folder.parents else folder.name)
 
 
 def run(args, parser, argv):

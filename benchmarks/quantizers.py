@@ -142,7 +142,7 @@ def train(args, name, rate, epochs, seed):
     folder = args.folder / "models" / run
     model, last = folder / f"model_{epochs}.pt", folder / "last.pt"
     if not last.exists() or checkpoint.load(last)["epoch"] < epochs:         # the track's last line is written before
-        flags = ["--dataset", args.dataset, "--data-folder", args.data_folder.resolve(), *TRAINING.split(),
+        flags = ["--dataset", args.dataset, "--data-folder", os.path.realpath(args.data_folder), *TRAINING.split(),
                  *{**OWN, **ADAPTED}[name].split(), "--lr", rate, "--num-epochs", epochs, "--seed", seed,
                  "--keep-every", epochs, "--save-every", 200]
         more = ["--resume"] if last.exists() else [*flags, "--overwrite"]
@@ -169,7 +169,8 @@ def figures(path):
 
 def train_prior(args, path):
     """Train a short prior on a model's codes, or go on with it. → its test nats a map, and bits per dimension"""
-    words = ["train_prior.py", "--model", path.relative_to(args.folder), "--data-folder", args.data_folder.resolve()]
+    words = ["train_prior.py", "--model", path.relative_to(args.folder), "--data-folder",
+             os.path.realpath(args.data_folder)]
     last = path.with_name("prior-last.pt")
     if not last.exists():
         run_script(args.folder, [*words, *PRIOR.split(), "--num-epochs", args.prior_epochs, "--save-every", 200,
@@ -223,7 +224,7 @@ class Results:
         self.path, self.lock = path, Lock()
         empty = {"settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}, "table": {}}
         try:
-            self.contents = json.loads(path.read_text()) if path.exists() else empty
+            self.contents = json.loads(path.read_bytes()) if path.exists() else empty
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): move it away") from error
         if not isinstance(self.contents, dict) or not empty.keys() <= self.contents.keys():

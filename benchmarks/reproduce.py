@@ -72,7 +72,7 @@ def check_arguments(parser, args):
         parser.error("--adopt: is used only with --write-tables, add it")
     if args.list + args.check + args.write_tables > 1:
         parser.error("--list, --check and --write-tables: give one of them")
-    if os.path.exists(args.folder) and not os.path.isdir(args.folder):
+    if os.path.lexists(args.folder) and not os.path.isdir(args.folder):
         parser.error(f"--folder {args.folder}: is not a folder")
 
 
@@ -120,7 +120,7 @@ def measure(args, rows):
     if not args.cifar10_folder and (left_out := [row.name for row in rows if row.dataset == "CIFAR-10"]):
         rows = [row for row in rows if row.dataset != "CIFAR-10"]
         print(f"Left out, since they need --cifar10-folder: {'; '.join(left_out)}", file=sys.stderr)
-    if any(row.dataset == "CIFAR-10" for row in rows) and not args.cifar10_folder.is_dir():
+    if any(row.dataset == "CIFAR-10" for row in rows) and not os.path.isdir(args.cifar10_folder):
         raise ValueError(f"--cifar10-folder {args.cifar10_folder}: is not a folder")
     with files.locked_folder(args.folder, "--folder"):
         with cli.errors_name_flag("--folder", args.folder):

@@ -45,7 +45,7 @@ class Run:
         self.slug = row.slug + (f"-seed{seed}" if seed else "")
         _, self.script, *words = shlex.split(row.command)
         self.words = [str(ROOT / word) if word.startswith("pretrained/") else word for word in words]
-        self.words += ["--data-folder", str(data_folder.resolve())]
+        self.words += ["--data-folder", os.path.realpath(data_folder)]
         if seed:
             self.words += ["--seed", str(seed)]
         if self.script == "VQ-VAE.py":

@@ -4,6 +4,7 @@ Parts: steps (a training step of the VQ-VAE and of its prior), scripts (the peak
 pictures), folder (seconds and peak memory of every script on the images in --data-folder).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,7 +44,6 @@ if __name__ == "__main__":
     get_parser().parse_args()       # --help and usage errors are answered before torch is imported, which takes seconds
 
 import json
-import os
 import subprocess
 import tempfile
 import time

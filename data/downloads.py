@@ -88,10 +88,11 @@ def load(name, folder):
               for place in folders for dotted in (False, True)]
     paths = next((paths for paths in places if all(path.is_file() for path in paths)), places[0])
     if not all(path.is_file() for path in paths):
+        former = (folder / source.folder).with_name("processed")
+        if (former / "training.pt").exists():       # torchvision would be content with the files of its first versions
+            raise ValueError(f"{former} is of an old version of torchvision: move it away, so that the data set is "
+                             "downloaded")
         _torchvision_sets(name, source, folder)
-        if not paths[0].is_file():          # it is content with the files of its first versions
-            raise ValueError(f"{(folder / source.folder).with_name('processed')} is of an old version of torchvision: "
-                             "move it away, so that the data set is downloaded")
     return [_read_idx(name, source, *paths[:2]), _read_idx(name, source, *paths[2:])]
 
 

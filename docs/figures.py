@@ -317,7 +317,7 @@ def draw_quantizers(figures):
 def read_quantizers(path):
     """{name: figures} of the run in a file of docs/results. Raises ValueError if it has none."""
     try:
-        [run] = json.loads(path.read_text())["runs"]
+        [run] = json.loads(path.read_bytes())["runs"]
         return run["output"]["table"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--quantizers {path}: not what benchmarks/reproduce.py has measured of the row quantizers "
@@ -341,8 +341,8 @@ def encoded(save, **options):
 
 def draw(args):
     with cli.errors_name_flag("--folder", args.folder):
-        outputs = {name: files.OutputFile(args.folder / name, args.overwrite, "a picture", is_picture)
-                   for name in NAMES}
+        outputs = {name: files.OutputFile(args.folder / name, args.overwrite, "a picture", is_picture,
+                                          " or choose another folder") for name in NAMES}
         for output in outputs.values():
             output.check()
     run, published, ours = (read_logs(f"--{name}", getattr(args, name)) for name in ("run", "published", "ours"))

@@ -15,7 +15,7 @@ import types
 
 import pytest
 import torch
-from helpers import ROOT, expect_usage_error, import_script, run_script
+from helpers import ROOT, expect_usage_error, import_script, run_command, run_script
 
 import checkpoint
 import data
@@ -144,6 +144,11 @@ def test_script_that_is_killed_or_interrupted_is_reported_and_ended(tmp_path, mo
         sizes.run_script([tmp_path / "slow.py"], tmp_path)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "output.txt").read_text()), 0)
+
+
+def test_sizes_checks_its_folder_before_it_imports_torch():
+    result = run_command(sys.executable, "benchmarks/sizes.py", "folder", "--data-folder", "README.md")
+    assert result.returncode == 2 and "--data-folder README.md: give the folder of images" in result.stderr
 
 
 def test_worker_measures_in_a_separate_process():

@@ -69,8 +69,12 @@ def test_planted_copies_are_flagged_and_new_images_are_not():
 def test_copies_are_planted_alike_in_parts(monkeypatch):
     images = digits(0, 50)
     whole = copies.noisy_shifted(images, torch.Generator().manual_seed(3))
-    monkeypatch.setattr(copies, "items_that_fit", lambda numbers: 7)
-    assert torch.equal(copies.noisy_shifted(images, torch.Generator().manual_seed(3)), whole)
+    draw, drawn = torch.randn, []
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "items_that_fit", lambda numbers: 7)
+        patch.setattr(torch, "randn", lambda shape, **options: drawn.append(shape[0]) or draw(shape, **options))
+        assert torch.equal(copies.noisy_shifted(images, torch.Generator().manual_seed(3)), whole)
+    assert drawn == [7] * 7 + [1]
     generator = torch.Generator().manual_seed(3)
     directions = torch.randint(1, len(copies.SHIFTS), (50,), generator=generator)
     noise = torch.randn(images.shape, generator=generator) * copies.NOISE

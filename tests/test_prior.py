@@ -230,8 +230,8 @@ def test_invalid_arguments_error_names_the_values():
                         (lambda: prior(torch.zeros(2, 2, 2, dtype=torch.int64), torch.tensor([0])), "(2,)"),
                         (lambda: CodePrior(3, 2, 2, embedding=10, heads=4), "width 10"),
                         (lambda: CodePrior(0, 2, 2), "0 codes"),
-                        (lambda: CodePrior(3, 2, 2, dropout=math.nan), "dropout nan"),
-                        (lambda: CodePrior(3, 2, 2, drop_label=1.5), "drop_label 1.5")):
+                        (lambda: CodePrior(3, 2, 2, dropout=math.nan), "not nan and 0.1"),
+                        (lambda: CodePrior(3, 2, 2, drop_label=1.5), "not 0.1 and 1.5")):
         with pytest.raises(ValueError) as excinfo:
             call()
         assert words in str(excinfo.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -126,6 +127,19 @@ def test_documents_are_read_where_the_locale_is_not_utf_8(tmp_path):
     result = run_command(sys.executable, ROOT / "benchmarks" / "reproduce.py", "quantizers", "--check", cwd=tmp_path,
                          LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert result.returncode == 0, result.stderr
+    result = run_command(sys.executable, "-c", "import sys; sys.path.insert(0, 'docs'); import figures, pathlib; "
+                         "print(len(figures.read_quantizers(pathlib.Path(figures.QUANTIZERS))))",
+                         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert result.stdout == "11\n", result.stderr
+
+
+def test_links_that_lead_nowhere_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for words in (["--folder", "loop"], ["CIFAR-10", "--cifar10-folder", "loop"]):
+        line = expect_usage_error("benchmarks/reproduce.py", words, capsys)
+        assert f"{words[-2]} loop: is not a folder" in line
+    run_rows.Run(result_rows.ROWS[0], 0, tmp_path, pathlib.Path("loop"))       # whose script names the flag
 
 
 def test_table_that_is_no_longer_there_is_found(repository):
