@@ -1,8 +1,8 @@
 """Quantizers side by side, with one network, one data set and one budget of bits: python3 benchmarks/quantizers.py
 
 For each quantizer a few learning rates with few epochs; with the best of them, by the error on 1,000 training images,
-a training for each seed and a short prior for the first one; then the seconds of a step. It takes hours. Interrupted,
-the same command goes on where it was. All is in --folder: the runs, and results.json with what has been measured.
+a training for each seed, and a short prior for the first one; then the time of a step. It takes hours. Interrupted, the
+same command goes on where it was. All is in --folder: the runs, and results.json with what has been measured.
 """
 
 import sys
@@ -70,7 +70,6 @@ import json
 import math
 import os
 import re
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +77,8 @@ from itertools import pairwise
 from threading import Event, Lock
 
 import torch
+from compare import mean_and_deviation
+from documents import shown
 from run_rows import Script, stop
 from timed_trainers import load_script
 from tqdm import tqdm
@@ -95,8 +96,6 @@ from utils.speed import keep_freed_memory
 TRAINING = "--batch-size 128 --hidden-size 40 --k 512 --beta 0.25 --lr-schedule cosine --validation-images 0"
 PRIOR = "--layers 2 --width 96 --heads 4 --shift 0 --batch-size 64 --lr 4e-3 --sample-every 0"
 WARM_UP_STEPS, TIMED_STEPS, TIMED_ROUNDS = 3, 10, 5
-MEASURED = "mse", "perplexity", "codes_used"
-PRIOR_FIGURES = "nats_per_map", "bits_per_dimension"
 RUNNING, STARTING, STOPPED = [], Lock(), Event()    # scripts; held to start one; no more are started
 
 
@@ -159,15 +158,15 @@ def error_on_training_images(path):
     return losses.reconstruction
 
 
-def figures(path):
-    """{name: value} of MEASURED for the last epoch of a run, from its model and its track."""
+def figures_of_model(path):
+    """Those of the last epoch of a training, from its model and its track."""
     columns, *_, last = (path.parent / "track.txt").read_text().splitlines()
     row = dict(zip(columns.split(), last.split()))
-    return dict(zip(MEASURED, (checkpoint.load(path)["test"]["reconstruction"], float(row["perplexity"]),
-                               int(row["used"]))))
+    return {"mse": checkpoint.load(path)["test"]["reconstruction"], "perplexity": float(row["perplexity"]),
+            "codes_used": int(row["used"])}
 
 
-def train_prior(args, path):
+def figures_of_prior(args, path):
     """Train a short prior on a model's codes, or go on with it. → its test nats a map, and bits per dimension"""
     words = ["train_prior.py", "--model", path.relative_to(args.folder), "--data-folder",
              os.path.realpath(args.data_folder)]
@@ -183,10 +182,10 @@ def train_prior(args, path):
             "bits_per_dimension": test["bits_per_dimension"]}
 
 
-# ---------------------------------------------------------------- the seconds of a step
+# ---------------------------------------------------------------- the time of a step
 
-def seconds_of_steps(names):
-    """{name: seconds of the fastest training step}: all take turns in this process, with one thread."""
+def milliseconds_of_steps(names):
+    """{name: milliseconds of the fastest training step}: all take turns in this process, with one thread."""
     script = load_script()
     torch.set_num_threads(1)
     keep_freed_memory()             # as a training does
@@ -207,7 +206,7 @@ def seconds_of_steps(names):
                 optimizer.step()
                 if number:
                     seconds[name].append(time.perf_counter() - start)
-    return {name: min(values) for name, values in seconds.items()}
+    return {name: 1000 * min(values) for name, values in seconds.items()}
 
 
 # ---------------------------------------------------------------- everything
@@ -215,14 +214,13 @@ def seconds_of_steps(names):
 class Results:
     """What has been measured so far, in a file that holds it after every measurement.
 
-    rates: {name: {rate: error}}; seeds: {name: {seed: figures}}; prior: {name: figures}; seconds: {name: seconds};
-    table: {name: figures}, what the printed table shows. Figures hold the rate that they were measured with. Raises
-    ValueError if the file is damaged or of other settings.
+    rates: {name: {rate: error}}; seeds: {name: {seed: figures, and the rate that they were measured with}};
+    milliseconds: {name: those of a step}. Raises ValueError if the file is damaged or of other settings.
     """
 
     def __init__(self, path, settings):
         self.path, self.lock = path, Lock()
-        empty = {"settings": settings, "rates": {}, "seeds": {}, "prior": {}, "seconds": {}, "table": {}}
+        empty = {"settings": settings, "rates": {}, "seeds": {}, "milliseconds": {}}
         try:
             self.contents = json.loads(path.read_bytes()) if path.exists() else empty
         except ValueError as error:
@@ -249,10 +247,9 @@ class Results:
         """Of the rates, the one with the lowest error."""
         return min(rates, key=lambda rate: self["rates"][name][str(rate)])
 
-    def lacks(self, part, name, rate, seed=None):
-        """Whether figures of this rate have still to be measured."""
-        found = self[part].get(name, {})
-        return (found if seed is None else found.get(str(seed), {})).get("rate") != rate
+    def lacks(self, name, rate, seed):
+        """Whether figures of this rate and seed have still to be measured."""
+        return self["seeds"].get(name, {}).get(str(seed), {}).get("rate") != rate
 
 
 def run_all(tasks, args, description):
@@ -287,41 +284,31 @@ def measure(args, names, results):
     def report(name, seed):
         rate = results.best_rate(name, args.rates)
         path = train(args, name, rate, args.num_epochs, seed)
-        results.add("seeds", name, {"rate": rate, **figures(path)}, seed)
-        if not seed:
-            results.add("prior", name, {"rate": rate, **train_prior(args, path)})
+        of_prior = figures_of_prior(args, path) if seed == 0 else {}
+        results.add("seeds", name, {"rate": rate, **figures_of_model(path), **of_prior}, seed)
 
     run_all([lambda name=name, rate=rate: compare(name, rate) for name in names for rate in args.rates
              if str(rate) not in results["rates"].get(name, {})], args, "learning rates")
     best = {name: results.best_rate(name, args.rates) for name in names}
     run_all([lambda name=name, seed=seed: report(name, seed) for seed in range(args.seeds) for name in names
-             if results.lacks("seeds", name, best[name], seed) or (
-                 not seed and results.lacks("prior", name, best[name]))], args, "trainings")
-    if missing := [name for name in names if name not in results["seconds"]]:
-        for name, seconds in seconds_of_steps(missing).items():
-            results.add("seconds", name, seconds)
+             if results.lacks(name, best[name], seed)], args, "trainings")
+    if missing := [name for name in names if name not in results["milliseconds"]]:
+        for name, milliseconds in milliseconds_of_steps(missing).items():
+            results.add("milliseconds", name, milliseconds)
+    return best
 
 
-def summarise(names, results, seeds):
-    """{name: the figures of its line in the table}: mse, perplexity and used are means over so many seeds."""
-    summary = {}
-    for name in names:
-        rows, prior = [results["seeds"][name][str(seed)] for seed in range(seeds)], results["prior"][name]
-        errors, perplexities, used = ([row[key] for row in rows] for key in MEASURED)
-        summary[name] = {"rate": rows[0]["rate"], "mse": statistics.mean(errors),
-                         "half_range": (max(errors) - min(errors)) / 2, "perplexity": statistics.mean(perplexities),
-                         "used": statistics.mean(used), **{key: prior[key] for key in PRIOR_FIGURES},
-                         "milliseconds": 1000 * results["seconds"][name]}
-    return summary
-
-
-def table(summary):
-    """The lines of summarise() as Markdown."""
+def table(best, results, seeds):
+    """The figures as Markdown. best: {name of a quantizer: its learning rate}; means are over so many seeds."""
     lines = ["| quantizer | rate | test MSE | perplexity | codes used | nats per map | bits per dimension "
              "| ms per step |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    line = ("| {} | {rate:g} | {mse:.5f} ± {half_range:.5f} | {perplexity:.0f} | {used:.0f} | {nats_per_map:.1f} "
-            "| {bits_per_dimension:.4f} | {milliseconds:.1f} |")
-    return "\n".join([*lines, *(line.format(name, **figures) for name, figures in summary.items())])
+    for name, rate in best.items():
+        rows = [results["seeds"][name][str(seed)] for seed in range(seeds)]
+        cells = [shown(mean_and_deviation([row[key] for row in rows if key in row]), form) for key, form in (
+            ("mse", "±.5f"), ("perplexity", ".0f"), ("codes_used", ".0f"), ("nats_per_map", ".1f"),
+            ("bits_per_dimension", ".4f"))]
+        lines.append(f"| {name} | {rate:g} | {' | '.join(cells)} | {results['milliseconds'][name]:.1f} |")
+    return "\n".join(lines)
 
 
 def run(args):
@@ -339,15 +326,12 @@ def run(args):
         results = Results(args.folder / "results.json", settings)
         results.contents["machine"] = (f"torch {torch.__version__}, {processor()}, one thread, {args.processes} at a "
                                        "time")
-        measure(args, names, results)
-        for name, line in summarise(names, results, args.seeds).items():
-            results.add("table", name, line)
-    summary = {name: results["table"][name] for name in names}
+        best = measure(args, names, results)
     edges = {min(args.rates), max(args.rates)} if len(args.rates) > 1 else ()
-    at_edge = [f"{name} ({line['rate']:g})" for name, line in summary.items() if line["rate"] in edges]
-    print(f"{table(summary)}\n\nTest MSE: the mean over {args.seeds} seeds, "
-          f"± half the range; nats and bits: on the test set, of the best of {args.prior_epochs} epochs on held-out "
-          f"images. All of it is in {results.path}.")
+    at_edge = [f"{name} ({rate:g})" for name, rate in best.items() if rate in edges]
+    print(f"{table(best, results, args.seeds)}\n\nMeans over {args.seeds} seeds, with ± their standard deviation; "
+          f"nats and bits: of seed 0, on the test set, of the best of {args.prior_epochs} epochs on held-out images. "
+          f"All of it is in {results.path}.")
     if at_edge:
         print("The best rate is the lowest or highest that was tried, so that one beyond may be better: "
               f"{'; '.join(at_edge)}")

@@ -60,9 +60,9 @@ def quantizer(name):
     def figure(kind, form):
         return f"{{quantizers:{kind} {name}:{form}}}"
 
-    cells = [figure("rate", "g"), f"{figure('mean_mse', '.4f')} ± {figure('range', '.4f')}",
-             figure("mean_perplexity", ".0f"), figure("mean_used", ".0f"), figure("nats", ".1f"),
-             figure("bits", ".3f"), figure("ms", ".0f")]
+    cells = [figure("rate", "g"), figure("compared_mse", "±.4f"), figure("compared_perplexity", "±.0f"),
+             figure("compared_used", "±.0f"), figure("compared_nats", ".1f"), figure("compared_bits", ".3f"),
+             figure("ms", ".0f")]
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -182,6 +182,18 @@ SENTENCES = [
                                  "{shipped:bits prior:.3f} bits per dimension."),
     Sentence("docs/sampling.md", "recognise {shipped:recognised test set:.2%} and "
                                  "{shipped:recognised test set by the transformer:.2%} of the test set."),
+    Sentence("docs/quantizers.md", "Its codes cost the prior {quantizers:compared_nats FSQ:.0f} nats, those of VQ by "
+                                   "gradient {quantizers:compared_nats VQ, gradient:.0f}."),
+    Sentence("docs/quantizers.md", "Without restarts {quantizers:compared_used without restarts:.0f} codes are left "
+                                   "and the MSE is {quantizers:compared_mse without restarts:.4f}; without K-means all "
+                                   "{quantizers:compared_used without K-means:.0f} are used, and it is "
+                                   "{quantizers:compared_mse without K-means:.4f}; with both, "
+                                   "{quantizers:compared_mse VQ, gradient:.4f}."),
+    Sentence("docs/quantizers.md", "keeps {quantizers:compared_used published codebook:±.0f} codes here"),
+    Sentence("docs/quantizers.md", "MSEs of {quantizers:compared_mse VQ, cosine similarity:.4f} and "
+                                   "{quantizers:compared_mse BSQ:.4f}, for "
+                                   "{quantizers:compared_nats VQ, cosine similarity:.0f} and "
+                                   "{quantizers:compared_nats BSQ:.0f} nats."),
     Sentence("model.txt", "precision {shipped:precision samples:.2%} ± {shipped:error precision samples:.2%}, recall "
                           "{shipped:recall samples:.2%} ± {shipped:error recall samples:.2%}, in the features of the "
                           "first classifier copies {shipped:copies samples:.2%} ± {shipped:error copies samples:.2%} "

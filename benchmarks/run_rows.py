@@ -204,7 +204,7 @@ class Record:
     def has_figures(self, run):
         try:
             for path in self.row.figures.values():
-                self.value_at(path, run["output"])
+                self.values_at(path, run["output"])
         except ValueError:
             return False
         return True
@@ -223,19 +223,25 @@ class Record:
         """Take the row's figures from the runs' outputs: mean and standard deviation over the seeds."""
         runs, former = self.contents["runs"], self.contents["figures"]
         self.contents["figures"] = {} if not runs else {
-            name: mean_and_deviation([self.value_at(path, run["output"]) for run in runs])
+            name: mean_and_deviation([value for run in runs for value in self.values_at(path, run["output"])])
             for name, path in self.row.figures.items()}
         if self.contents["figures"] != former:
             self.write()
 
-    def value_at(self, path, output):
-        """The number at a path such as "epochs.-1.test_recon" of an output. Raises ValueError if there is none."""
-        value = output
+    def values_at(self, path, output):
+        """The numbers at a path such as "epochs.-1.test_recon" or "seeds.*.mse" of an output.
+
+        Raises ValueError if there is none.
+        """
+        values = [output]
         try:
             for key in path.split("."):
-                value = value[int(key) if isinstance(value, list) else key]
-            return value + 0
-        except (KeyError, IndexError, ValueError, TypeError) as error:
+                values = [part for value in values for part in (
+                    value.values() if key == "*" else [value[int(key) if isinstance(value, list) else key]])]
+            if not values:
+                raise KeyError("*")
+            return [value + 0 for value in values]
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"row {self.row.name!r}: its output has no number at {path}, where result_rows.py looks "
                              "for it") from error
 

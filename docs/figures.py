@@ -293,16 +293,16 @@ def draw_code_use(published, ours):
 
 @matplotlib.rc_context(CURVES)
 def draw_quantizers(figures):
-    """The error of each quantizer against the nats of its prior. figures: {name: those of a line of the table}."""
+    """The error of each quantizer against the nats of its prior. figures: as read_quantizers() returns them."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     panel = figure.subplots()
-    positions = {name: (of["nats_per_map"], of["mse"]) for name, of in figures.items()}
+    positions = {name: (nats["mean"], mse["mean"]) for name, (nats, mse) in figures.items()}
     first, *_, last = sorted(nats for nats, _ in positions.values())
     for name, (nats, mse) in positions.items():
-        panel.errorbar(nats, mse, yerr=figures[name]["half_range"], color=BLUE, marker="o", capsize=3)
+        panel.errorbar(nats, mse, yerr=figures[name][1]["std"], color=BLUE, marker="o", capsize=3)
         # To the left of its point, if another one or the edge is near on the right.
         is_left = nats > last - 0.2 * (last - first) or any(
-            0 < other - nats < 0.3 * (last - first) and abs(error / mse - 1) < 0.05
+            0 < other - nats < 0.3 * (last - first) and abs(error / mse - 1) < 0.06
             for other, error in positions.values())
         panel.annotate(name, (nats, mse), xytext=(-6 if is_left else 6, 4), textcoords="offset points",
                        ha="right" if is_left else "left")
@@ -315,10 +315,12 @@ def draw_quantizers(figures):
 
 
 def read_quantizers(path):
-    """{name: figures} of the run in a file of docs/results. Raises ValueError if it has none."""
+    """{name: (nats, mse)} of a file of docs/results, each {"mean", "std", "n"}. Raises ValueError if it has none."""
     try:
-        [run] = json.loads(path.read_bytes())["runs"]
-        return run["output"]["table"]
+        figures = json.loads(path.read_bytes())["figures"]
+        if not (names := [key.split(maxsplit=1)[1] for key in figures if key.startswith("compared_mse ")]):
+            raise KeyError("compared_mse")
+        return {name: tuple(figures[f"compared_{kind} {name}"] for kind in ("nats", "mse")) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--quantizers {path}: not what benchmarks/reproduce.py has measured of the row quantizers "
                          f"({cli.describe_error(error)})") from error

@@ -205,15 +205,16 @@ def test_quantizers_benchmark_goes_on_where_it_was_interrupted(mnist_folder, tmp
     model, _ = checkpoint.load_model(tmp_path / "quantizers" / "models" / "fsq-0.008-1-0" / "model_1.pt")
     assert (model.quantizer.num_codes, len(model.quantizer.levels)) == (512, 3)
     losses, counts = evaluate(model, data.batches(data.load("MNIST", mnist_folder)[1], 500), "cpu")
-    first = results["seeds"]["FSQ"]["0"]
+    first, second = results["seeds"]["FSQ"]["0"], results["seeds"]["FSQ"]["1"]
     assert first["mse"] == pytest.approx(losses.reconstruction, rel=1e-4)
     assert abs(first["codes_used"] - (counts > 0).sum()) <= 2
-    errors = [seed["mse"] for seed in results["seeds"]["FSQ"].values()]
     printed = capsys.readouterr().out
-    assert f"| FSQ | 0.008 | {sum(errors) / 2:.5f} ± {abs(errors[0] - errors[1]) / 2:.5f} |" in printed
+    error, deviation = (first["mse"] + second["mse"]) / 2, abs(first["mse"] - second["mse"]) / math.sqrt(2)
+    assert f"| FSQ | 0.008 | {error:.5f} ± {deviation:.5f} |" in printed
+    nats, bits = first["nats_per_map"], first["bits_per_dimension"]
+    assert f"| {nats:.1f} | {bits:.4f} |" in printed and "nats_per_map" not in second
     assert printed.endswith("so that one beyond may be better: FSQ (0.008)\n")
-    rate, nats, bits = results["prior"]["FSQ"].values()
-    assert rate == 0.008
+    assert first["rate"] == second["rate"] == 0.008
     assert bits == pytest.approx(nats / math.log(2) / 784) and 0 < nats < 49 * math.log(512) * 1.1
     capsys.readouterr()
     with pytest.raises(SystemExit):
