@@ -72,7 +72,7 @@ class CodePrior(nn.Module):
     trained on as well: every position also sees which of num_shifts it is, 0 for the image as it is, so that the shifts
     teach which codes go together and are never sampled (distribution augmentation, Jun et al. 2020). gated: whether
     the MLPs are gated, as train_prior.py has them; the first priors had plain ones. Raises ValueError if a size is
-    below 1, heads do not divide the width, or dropout or drop_label is not in [0, 1).
+    below 1, heads do not divide the width, dropout is not in [0, 1), or drop_label not in [0, 1].
     """
 
     def __init__(self, num_codes, height, width, num_classes=10, layers=4, embedding=128, heads=4,
@@ -82,8 +82,8 @@ class CodePrior(nn.Module):
             raise ValueError(f"a prior of {num_codes} codes on {height}×{width} maps with {num_classes} classes, "
                              f"{layers} layers, width {embedding} and {heads} heads: sizes are "
                              "positive integers, and the heads divide the width")
-        if not (0 <= dropout < 1 and 0 <= drop_label < 1):
-            raise ValueError(f"dropout and drop_label are in [0, 1), not {dropout} and {drop_label}")
+        if not (0 <= dropout < 1 and 0 <= drop_label <= 1):
+            raise ValueError(f"dropout is in [0, 1) and drop_label in [0, 1], not {dropout} and {drop_label}")
         self.num_codes, self.height, self.width = num_codes, height, width
         self.num_classes, self.drop_label = num_classes, drop_label
         self.label_embedding = nn.Embedding(num_classes + 1, embedding)     # the last one means no class

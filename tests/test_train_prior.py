@@ -145,7 +145,7 @@ def test_evaluate_measures_the_prior_and_its_samples(folder, tmp_path, monkeypat
     monkeypatch.setattr(script, "MAX_COMPARED", 150)
     torch.manual_seed(0)
     transformer = DigitTransformer().eval()         # it has learned nothing, but measures
-    checkpoint.save(tmp_path / "second.pt", {"format": 1, "kind": "classifier", "config": {
+    checkpoint.save(tmp_path / "second.pt", {"format": 1, "kind": "classifier", "dataset": "MNIST", "config": {
         "architecture": "transformer"}, "model": transformer.state_dict()})
     monkeypatch.setattr(checkpoint, "CLASSIFIERS", (checkpoint.CLASSIFIER, tmp_path / "second.pt"))
     script.main(["--model", str(run / "best.pt"), "--prior", str(run / "prior.pt"), "--seed", "1",
